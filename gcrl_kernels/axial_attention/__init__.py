@@ -1,0 +1,123 @@
+"""Attention along one axis of an image (or of a line, or of a volume), in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from gcrl_kernels import checks
+from gcrl_kernels.axial_attention import ops
+from gcrl_kernels.backends import choose
+from gcrl_kernels.operators import autocast
+
+__all__ = ["axial_attention", "axial_attention_packed"]
+
+
+def axial_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    axis: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention along one axis of a grid: softmax(scale q kᵀ + bias) v (Ho et al. 2019, arXiv 1912.12180).
+
+    Args:
+        q, k, v: [B, *grid, heads, D], floating point, one dtype; grid has 1 to 3 dimensions (an image:
+            [B, H, W, heads, D]). Any strides.
+        axis: the grid dimension to attend along: for an image 0 is down columns, 1 along rows; negative
+            counts back within the grid. N is its length.
+        causal: a position attends to itself and those before it.
+        scale: of the scores; 1/sqrt(D) by default.
+        bias: [heads, N, N], floating point, added to the scaled scores; it may require a gradient.
+        mask: bool [B, *grid]; True may be attended to. A query with nothing to attend to gives zeros.
+        return_lse: also return each query's log-sum-exp of the scores, in nats, without a gradient.
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the tensors' device.
+
+    Returns:
+        [B, *grid, heads, D], contiguous, in q's dtype (autocast's, where it is on); with return_lse also
+        float32 [B, *grid, heads].
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype, shape or device than stated.
+        BackendUnavailableError: a backend asked for by name cannot serve here.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        checks.check_floating(name, tensor)
+    if not 4 <= q.dim() <= 6:
+        raise checks.value_error("q", "[B, *grid, heads, D] with a grid of 1 to 3 dimensions", checks.shape(q))
+    for name, tensor in (("k", k), ("v", v)):
+        checks.check_shape(name, tensor, q.shape, "of q")
+        checks.check_same_dtype(name, tensor, "q", q)
+        checks.check_same_device(name, tensor, "q", q)
+    options = _check_options(q, axis, causal, scale, bias, mask, return_lse)
+    q, k, v = autocast(q, k, v)
+    out, lse = ops.forward(q, k, v, *options, choose("axial_attention", backend, q))
+    return (out, lse.float()) if return_lse else out
+
+
+def axial_attention_packed(
+    qkv: Tensor,
+    axis: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`axial_attention` of a packed projection qkv [B, *grid, 3, heads, D]; its gradient is one tensor like it.
+
+    Arguments, result and errors are otherwise those of `axial_attention`. Unbinding a packed projection
+    instead costs a concatenation in backward.
+    """
+    checks.check_floating("qkv", qkv)
+    if not 5 <= qkv.dim() <= 7 or qkv.shape[-3] != 3:
+        layout = "[B, *grid, 3, heads, D] with a grid of 1 to 3 dimensions"
+        raise checks.value_error("qkv", layout, checks.shape(qkv))
+    options = _check_options(qkv.select(-3, 0), axis, causal, scale, bias, mask, return_lse)
+    (qkv,) = autocast(qkv)
+    out, lse = ops.packed_forward(qkv, *options, choose("axial_attention", backend, qkv))
+    return (out, lse.float()) if return_lse else out
+
+
+def _check_options(
+    q: Tensor,  # [B, *grid, heads, D]
+    axis: int,
+    causal: bool,
+    scale: float | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    return_lse: bool,
+) -> tuple[Any, ...]:
+    """The operators' options: bias, mask, axis (not negative), causal, scale."""
+    grid, heads, features = q.shape[1:-2], q.shape[-2], q.shape[-1]
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise checks.type_error("axis", "an integer", type(axis).__name__)
+    if not -len(grid) <= axis < len(grid):
+        raise checks.value_error("axis", f"{-len(grid)} to {len(grid) - 1} for this grid", axis)
+    axis %= len(grid)
+    checks.check_flag("causal", causal)
+    checks.check_flag("return_lse", return_lse)
+    if features == 0:
+        raise checks.value_error("q", "at least one feature a head", checks.shape(q))
+    if scale is None:
+        scale = features**-0.5
+    checks.check_number("scale", scale)
+    if bias is not None:
+        checks.check_floating("bias", bias)
+        checks.check_shape("bias", bias, (heads, grid[axis], grid[axis]), "[heads, N, N]")
+        checks.check_same_device("bias", bias, "q", q)
+    if mask is not None:
+        checks.check_bool("mask", mask)
+        checks.check_shape("mask", mask, q.shape[:-2], "[B, *grid]")
+        checks.check_same_device("mask", mask, "q", q)
+    return bias, mask, axis, causal, float(scale)

@@ -1,0 +1,103 @@
+"""Axial attention in plain PyTorch, on any device: the meaning of the kernel, and its fallback.
+
+Along the chosen axis, with rows of length N:
+
+    S = scale Q Kᵀ + bias          P = softmax(S) over the keys that causal and mask allow          O = P V
+
+and backward, from dO (Vaswani et al. 2017, arXiv 1706.03762; differentiated by hand):
+
+    dV = Pᵀ dO     dP = dO Vᵀ     dS = P ∘ (dP - Σ P ∘ dP)     dQ = scale dS K     dK = scale dSᵀ Q     dbias = Σ dS
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gcrl_kernels.operators import accumulation_dtype
+
+
+def forward(
+    q: Tensor,  # [B, *grid, heads, D]
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,  # [heads, N, N]
+    mask: Tensor | None,  # bool [B, *grid]
+    axis: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output [B, *grid, heads, D] and the log-sum-exp of each query's scores [B, *grid, heads]."""
+    dtype = accumulation_dtype(q.dtype)
+    scores = _scores(_rows(q, axis, dtype), _rows(k, axis, dtype), bias, mask, axis, causal, scale)
+    lse = scores.logsumexp(-1)  # [B, *rest, heads, N]
+    out = _probabilities(scores, lse) @ _rows(v, axis, dtype)
+    return _grid(out, axis, q.dtype), lse.movedim(-1, 1 + axis).contiguous()
+
+
+def backward(
+    grad: Tensor,  # [B, *grid, heads, D]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,  # [B, *grid, heads]
+    bias: Tensor | None,
+    mask: Tensor | None,
+    axis: int,
+    causal: bool,
+    scale: float,
+    bias_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv [B, *grid, heads, D] and dbias [heads, N, N] (empty where it is not asked for)."""
+    dtype = accumulation_dtype(q.dtype)
+    q_rows, k_rows, v_rows, grad_rows = (_rows(t, axis, dtype) for t in (q, k, v, grad))
+    scores = _scores(q_rows, k_rows, bias, mask, axis, causal, scale)
+    p = _probabilities(scores, lse.movedim(1 + axis, -1))  # [B, *rest, heads, N, N]
+    dv = p.mT @ grad_rows
+    dp = grad_rows @ v_rows.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    dq, dk = (ds @ k_rows) * scale, (ds.mT @ q_rows) * scale
+    if bias is not None and bias_needs_grad:
+        dbias = ds.flatten(0, -4).sum(0).to(bias.dtype)
+    else:
+        dbias = q.new_empty(0)
+    return _grid(dq, axis, q.dtype), _grid(dk, axis, k.dtype), _grid(dv, axis, v.dtype), dbias
+
+
+def _rows(tensor: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
+    """[B, *grid, heads, D] -> [B, *rest, heads, N, D]: the rows to attend along, last."""
+    return tensor.movedim(1 + axis, -2).to(dtype)
+
+
+def _grid(rows: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
+    """[B, *rest, heads, N, D] -> [B, *grid, heads, D], contiguous."""
+    return rows.to(dtype).movedim(-2, 1 + axis).contiguous()
+
+
+def _scores(
+    q: Tensor,  # [B, *rest, heads, N, D]
+    k: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    axis: int,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """[B, *rest, heads, N, N], minus infinity where a query may not attend to a key."""
+    scores = (q * scale) @ k.mT
+    length = scores.shape[-1]
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if causal:
+        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    if mask is not None:
+        keys = mask.movedim(1 + axis, -1)[..., None, None, :]  # [B, *rest, 1, 1, N]
+        scores = scores.masked_fill(~keys, -torch.inf)
+    return scores
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """softmax(scores), and zeros for a query with nothing to attend to (its lse is minus infinity)."""
+    return (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()

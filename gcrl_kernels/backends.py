@@ -1,0 +1,140 @@
+"""Which backends exist on this machine, why one does not, and which one serves a given tensor.
+
+A backend that is asked for by name and cannot serve raises; only `None` may choose another.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# Operator -> the backends that implement it, best first.
+IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "axial_attention": ("reference",),
+    "quantize_colors": ("cuda", "cpu", "reference"),
+    "color_cross_entropy": ("reference",),
+    "linear_color_cross_entropy": ("reference",),
+    "nt_xent": ("reference",),
+}
+
+# Backend -> the type of device whose tensors it serves; the reference serves every one.
+_SERVES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+_LIBRARIES = {
+    backend: Path(__file__).parent / f"libgcrl_kernels_{backend}.so" for backend in ("cpu", "cuda")
+}
+_NEEDS = {"cpu": "a C++ compiler", "cuda": "a C++ compiler and nvcc"}
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot serve; the message says why."""
+
+
+def _load(backend: str) -> str | None:
+    """Open a compiled library, which registers its operators; the reason if that fails."""
+    library = _LIBRARIES[backend]
+    if not library.exists():
+        return (
+            f"{library.name} was not built: it takes {_NEEDS[backend]} at installation "
+            "(GCRL_KERNELS_BUILD=1 makes a build that cannot be done an error)"
+        )
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"{library.name} cannot be loaded: {error.__cause__ or error}"
+    return None
+
+
+def _find_missing() -> dict[str, str]:
+    reasons = {backend: _load(backend) for backend in _LIBRARIES}
+    if importlib.util.find_spec("triton") is None:
+        reasons["triton"] = "the package triton is not installed"
+    return {backend: reason for backend, reason in reasons.items() if reason is not None}
+
+
+# Found once, at import, so that `choose` is no more than look-ups and can be traced.
+_MISSING = _find_missing()
+
+
+def unavailable(backend: str) -> str | None:
+    """Why `backend` is not usable on this machine; None if it is.
+
+    Raises:
+        ValueError: `backend` is none of `BACKENDS`.
+    """
+    _check_name(backend)
+    if backend in _MISSING:
+        return _MISSING[backend]
+    if _SERVES.get(backend) == "cuda" and not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            return f"this build of PyTorch ({torch.__version__}) has no CUDA"
+        return "no CUDA GPU was found"
+    return None
+
+
+def choose(operator: str, requested: str | None, tensor: torch.Tensor) -> str:
+    """The backend that runs `operator` on `tensor`: `requested`, or the best one if that is None.
+
+    Raises:
+        ValueError: `requested` is none of `BACKENDS`.
+        BackendUnavailableError: it does not implement the operator, is not built, or serves
+            another device.
+    """
+    device = tensor.device.type
+    if requested is None:
+        for backend in IMPLEMENTED[operator]:
+            if _obstacle(backend, device) is None:
+                return backend
+        raise BackendUnavailableError(f"{operator}: no backend serves a tensor on {device!r}")
+    _check_name(requested)
+    if requested not in IMPLEMENTED[operator]:
+        implemented = ", ".join(IMPLEMENTED[operator])
+        raise BackendUnavailableError(
+            f"backend {requested!r} cannot run {operator}: only {implemented} can"
+        )
+    obstacle = _obstacle(requested, device)
+    if obstacle is not None:
+        raise BackendUnavailableError(f"backend {requested!r} cannot run {operator}: {obstacle}")
+    return requested
+
+
+def _check_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def _obstacle(backend: str, device: str) -> str | None:
+    """Why `backend` cannot run on tensors of a device type; None if it can."""
+    if backend == "reference":
+        return None
+    if backend in _MISSING:
+        return _MISSING[backend]
+    if _SERVES[backend] != device:
+        return f"it serves {_SERVES[backend]!r} tensors, got one on {device!r}"
+    return None
+
+
+def cpu_levels() -> tuple[str, ...]:
+    """The instruction sets the compiled CPU kernels can use here, best first; () if not built."""
+    if "cpu" in _MISSING:
+        return ()
+    return tuple(torch.ops.gcrl_kernels_cpu.cpu_levels().split(","))
+
+
+@contextmanager
+def use_cpu_level(level: str) -> Iterator[None]:
+    """Hold the compiled CPU kernels, in the whole process, to one of `cpu_levels()`."""
+    levels = cpu_levels()
+    if level not in levels:
+        raise BackendUnavailableError(f"level: expected one of {levels}, got {level!r}")
+    torch.ops.gcrl_kernels_cpu.set_cpu_level(level)
+    try:
+        yield
+    finally:
+        torch.ops.gcrl_kernels_cpu.set_cpu_level(levels[0])

@@ -1,0 +1,113 @@
+"""A palette of colours, fitted by k-means on the nearest-colour kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gcrl_kernels import checks
+
+SEEDING_PIXELS = 65_536  # k-means++ looks at no more pixels than this
+TOLERANCE = 1e-4  # stop when an iteration improves the inertia by a smaller share
+
+
+def fit_palette(
+    pixels: Tensor,
+    colors: int,
+    *,
+    seed: int = 0,
+    iterations: int = 50,
+    backend: str | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Fit `colors` colours to pixels by k-means: k-means++ start (Arthur and Vassilvitskii 2007), then Lloyd.
+
+    Args:
+        pixels: [..., 3], uint8 or floating point, finite; at least `colors` of them.
+        colors: how many colours, at least 1.
+        seed: of the start; the same seed, pixels and device give the same palette, bit for bit.
+        iterations: Lloyd iterations at most; fewer where the inertia stops falling.
+        backend: of `quantize_colors`.
+        progress: show a bar (if tqdm is installed).
+
+    Returns:
+        float32 [colors, 3], in the units of `pixels`, on their device; darkest colour first. A colour that
+        no pixel is nearest to is moved to the pixels that are farthest from theirs.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype or shape than stated; NaN or infinite pixels.
+    """
+    check_pixels(pixels)
+    for name, value, least in (("colors", colors, 1), ("iterations", iterations, 0)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise checks.type_error(name, "an integer", type(value).__name__)
+        checks.check_at_least(name, value, least)
+    flat = pixels.detach().reshape(-1, 3)
+    if len(flat) < colors:
+        raise checks.value_error("pixels", f"at least as many as colors ({colors})", f"{len(flat)} pixels")
+    if flat.is_floating_point() and not bool(flat.isfinite().all()):
+        raise checks.value_error("pixels", "finite values", "NaN or infinity")
+    palette = _lloyd(flat, _seed(flat, colors, seed), iterations, backend, progress)
+    return palette[palette.sum(1).argsort(stable=True)]
+
+
+def check_pixels(pixels: Tensor, name: str = "pixels") -> None:
+    """Raise unless pixels are [..., 3], uint8 or floating point."""
+    checks.check_dtype(name, pixels, (torch.uint8, *checks.FLOATS), "a uint8 or floating-point tensor")
+    if pixels.dim() == 0 or pixels.shape[-1] != 3:
+        raise checks.value_error(name, "[..., 3] (red, green, blue)", checks.shape(pixels))
+
+
+def _seed(pixels: Tensor, colors: int, seed: int) -> Tensor:
+    """k-means++: each further colour is a pixel drawn with odds of its squared distance from those before."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(pixels), generator=generator)[:max(SEEDING_PIXELS, colors)]
+    sample = pixels[chosen.to(pixels.device)].double()
+    draws = torch.rand(colors, generator=generator, dtype=torch.float64).tolist()
+    palette = [sample[0]]
+    distance = torch.full_like(sample[:, 0], torch.inf)
+    for draw in draws[1:]:
+        distance = torch.minimum(distance, (sample - palette[-1]).square().sum(1))
+        cumulative = distance.cumsum(0)
+        # With fewer distinct pixels than colours every distance ends at zero: the first pixel then repeats.
+        index = torch.searchsorted(cumulative, cumulative[-1:] * draw, right=True)
+        palette.append(sample[index.clamp_max(len(sample) - 1)[0]])
+    return torch.stack(palette).float()
+
+
+def _lloyd(
+    pixels: Tensor, palette: Tensor, iterations: int, backend: str | None, progress: bool
+) -> Tensor:
+    from gcrl_kernels.color_cross_entropy import quantize_colors
+
+    values = pixels.float()
+    # Sums in fixed point: integer additions commute, so that they are the same in any order on any device.
+    unit = 2.0**30 / max(float(values.abs().max()), 1e-30)
+    fixed = (values.double() * unit).round().long()
+    previous = torch.inf
+    for _ in _iterate(iterations, progress):
+        nearest = quantize_colors(values, palette, backend=backend)
+        error = (values - palette[nearest]).square().sum(1)
+        inertia = float(error.sum(dtype=torch.float64))
+        if inertia >= previous * (1 - TOLERANCE):
+            break
+        previous = inertia
+        count = torch.bincount(nearest, minlength=len(palette))
+        total = torch.zeros_like(palette, dtype=torch.int64).index_add_(0, nearest, fixed)
+        palette = (total.double() / unit / count.clamp_min(1)[:, None]).float()
+        empty = count == 0
+        if bool(empty.any()):
+            farthest = error.topk(int(empty.sum())).indices
+            palette[empty] = values[farthest]
+            previous = torch.inf
+    return palette
+
+
+def _iterate(iterations: int, progress: bool) -> range:
+    if not progress:
+        return range(iterations)
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return range(iterations)
+    return tqdm(range(iterations), desc="palette", unit="iteration", leave=False)

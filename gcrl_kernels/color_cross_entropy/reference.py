@@ -1,0 +1,186 @@
+"""Colour-quantised cross-entropy in plain PyTorch, on any device: the meaning of the kernels, and their fallback.
+
+With a position's logits z, its target t (the nearest palette colour), label smoothing e and z-loss weight w:
+
+    lse = log Σ exp(z_k)
+    loss = lse - (1 - e) z_t - e/K Σ z_k + w lse²
+    dloss/dz_k = (1 + 2 w lse) softmax(z)_k - (1 - e) [k = t] - e/K
+
+(label smoothing: Szegedy et al. 2016, arXiv 1512.00567; z-loss: Chowdhery et al. 2022, arXiv 2204.02311).
+A target outside the palette gives NaN. Positions that the mask leaves out have zero loss and gradient,
+whatever their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gcrl_kernels.operators import accumulation_dtype
+
+CHUNK = 8192  # positions at a time: their logits, or their distances, are all that is stored
+
+
+def quantize_colors(pixels: Tensor, palette: Tensor) -> Tensor:
+    """The nearest colour of each pixel [..., 3] among the palette [K, 3]: int64 [...], -1 for a NaN pixel."""
+    flat = pixels.reshape(-1, 3)
+    nearest = torch.empty(len(flat), dtype=torch.int64, device=pixels.device)
+    for part in _chunks(len(flat)):
+        nearest[part] = _nearest(flat[part], palette)
+    return nearest.view(pixels.shape[:-1])
+
+
+def _nearest(pixels: Tensor, palette: Tensor) -> Tensor:
+    integers = not (pixels.is_floating_point() or palette.is_floating_point())
+    dtype = torch.int64 if integers else torch.promote_types(pixels.dtype, palette.dtype)
+    difference = [pixels[:, None, c].to(dtype) - palette[None, :, c].to(dtype) for c in range(3)]
+    distance = sum(d * d for d in difference)  # [M, K]
+    if not integers:
+        distance = distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    # argmin does not say which of several minima it returns: the lowest index is asked for here.
+    colors = torch.arange(len(palette), device=palette.device)
+    is_nearest = distance == distance.amin(1, keepdim=True)
+    index = torch.where(is_nearest, colors, len(palette)).amin(1)
+    return index if integers else index.masked_fill(pixels.isnan().any(1), -1)
+
+
+def forward(
+    logits: Tensor,  # [M, K]
+    tokens: Tensor,  # int64 [M]
+    mask: Tensor | None,  # bool [M]
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each position's loss, its z-loss part and its log-sum-exp, all [M]."""
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    colors = logits.shape[1]
+    lse = logits.logsumexp(1)
+    z_term = z_loss * lse.square()
+    target = logits.gather(1, tokens.clamp(0, colors - 1)[:, None])[:, 0]
+    loss = lse - (1 - label_smoothing) * target + z_term
+    if label_smoothing:
+        loss = loss - label_smoothing * logits.mean(1)
+    loss = torch.where((tokens >= 0) & (tokens < colors), loss, torch.nan)
+    if mask is not None:
+        loss, z_term = loss.where(mask, 0.0), z_term.where(mask, 0.0)
+    return loss, z_term, lse
+
+
+def backward(
+    grad: Tensor,  # [M], of each position's loss
+    logits: Tensor,  # [M, K]
+    tokens: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,  # [M]
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """The gradient of the logits [M, K], in the dtype that it is computed in."""
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    colors = logits.shape[1]
+    valid = (tokens >= 0) & (tokens < colors)
+    gradient = (logits - lse[:, None]).exp_()
+    if z_loss:
+        gradient *= (1 + 2 * z_loss * lse)[:, None]
+    if label_smoothing:
+        gradient -= label_smoothing / colors
+    index = tokens.clamp(0, colors - 1)[:, None]
+    gradient.scatter_add_(1, index, gradient.new_full(index.shape, label_smoothing - 1))
+    gradient *= torch.where(valid, grad, torch.nan)[:, None]
+    return gradient if mask is None else gradient.masked_fill_(~mask[:, None], 0.0)
+
+
+def linear_forward(
+    hidden: Tensor,  # [M, C]
+    weight: Tensor,  # [K, C]
+    bias: Tensor | None,  # [K]
+    tokens: Tensor,
+    mask: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, z-loss part and log-sum-exp of each position; then the gradients of the *sum* of the losses.
+
+    Those are dhidden [M, C] in hidden's dtype, dweight [K, C] and dbias [K] in the accumulation dtype; they
+    are empty unless `needs_grad`.
+    """
+    dtype = accumulation_dtype(hidden.dtype)
+    loss, z_term, lse = (torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(3))
+    gradients = _empty_gradients(hidden, weight, dtype, needs_grad)
+    for part in _chunks(len(hidden)):
+        logits = _logits(hidden[part], weight, bias, dtype)
+        part_mask = None if mask is None else mask[part]
+        loss[part], z_term[part], lse[part] = forward(
+            logits, tokens[part], part_mask, label_smoothing, z_loss
+        )
+        if needs_grad:
+            ones = torch.ones_like(lse[part])
+            gradient = backward(
+                ones, logits, tokens[part], part_mask, lse[part], label_smoothing, z_loss
+            )
+            _accumulate(gradients, part, gradient, hidden, weight, part_mask)
+    return loss, z_term, lse, *gradients
+
+
+def linear_backward(
+    grad: Tensor,  # [M]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dhidden, dweight and dbias from each position's own upstream gradient; the logits are computed anew."""
+    dtype = accumulation_dtype(hidden.dtype)
+    gradients = _empty_gradients(hidden, weight, dtype, True)
+    for part in _chunks(len(hidden)):
+        logits = _logits(hidden[part], weight, bias, dtype)
+        part_mask = None if mask is None else mask[part]
+        gradient = backward(
+            grad[part], logits, tokens[part], part_mask, lse[part], label_smoothing, z_loss
+        )
+        _accumulate(gradients, part, gradient, hidden, weight, part_mask)
+    return gradients
+
+
+def _chunks(length: int) -> Iterator[slice]:
+    return (slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    return logits if bias is None else logits.add_(bias.to(dtype))
+
+
+def _empty_gradients(
+    hidden: Tensor, weight: Tensor, dtype: torch.dtype, needed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    colors, features = weight.shape
+    return (
+        hidden.new_empty((len(hidden) if needed else 0, features)),
+        hidden.new_zeros((colors if needed else 0, features), dtype=dtype),
+        hidden.new_zeros(colors if needed else 0, dtype=dtype),
+    )
+
+
+def _accumulate(
+    gradients: tuple[Tensor, Tensor, Tensor],
+    part: slice,
+    gradient: Tensor,  # [m, K]
+    hidden: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,  # [m]
+) -> None:
+    dhidden, dweight, dbias = gradients
+    dhidden[part] = (gradient @ weight.to(gradient.dtype)).to(dhidden.dtype)
+    counted = hidden[part].to(gradient.dtype)
+    if mask is not None:
+        counted = counted.masked_fill(~mask[:, None], 0.0)  # zero times NaN would be NaN
+    dweight.addmm_(gradient.T, counted)
+    dbias += gradient.sum(0)
