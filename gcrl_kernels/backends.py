@@ -26,7 +26,8 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
 # Backend -> the type of device whose tensors it serves; the reference serves every one.
 _SERVES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
-_LIBRARIES = {
+# The compiled libraries; where PyTorch has no CUDA, the CUDA library loads all the same.
+LIBRARIES = {
     backend: Path(__file__).parent / f"libgcrl_kernels_{backend}.so" for backend in ("cpu", "cuda")
 }
 _NEEDS = {"cpu": "a C++ compiler", "cuda": "a C++ compiler and nvcc"}
@@ -38,7 +39,7 @@ class BackendUnavailableError(RuntimeError):
 
 def _load(backend: str) -> str | None:
     """Open a compiled library, which registers its operators; the reason if that fails."""
-    library = _LIBRARIES[backend]
+    library = LIBRARIES[backend]
     if not library.exists():
         return (
             f"{library.name} was not built: it takes {_NEEDS[backend]} at installation "
@@ -52,7 +53,7 @@ def _load(backend: str) -> str | None:
 
 
 def _find_missing() -> dict[str, str]:
-    reasons = {backend: _load(backend) for backend in _LIBRARIES}
+    reasons = {backend: _load(backend) for backend in LIBRARIES}
     if importlib.util.find_spec("triton") is None:
         reasons["triton"] = "the package triton is not installed"
     return {backend: reason for backend, reason in reasons.items() if reason is not None}
@@ -76,6 +77,11 @@ def unavailable(backend: str) -> str | None:
             return f"this build of PyTorch ({torch.__version__}) has no CUDA"
         return "no CUDA GPU was found"
     return None
+
+
+def is_loaded(backend: str) -> bool:
+    """Whether the compiled library of `backend`, "cpu" or "cuda", is open, its operators known."""
+    return backend in LIBRARIES and backend not in _MISSING
 
 
 def choose(operator: str, requested: str | None, tensor: torch.Tensor) -> str:

@@ -25,7 +25,7 @@ def _compiled(namespace: str) -> Any:
         if pixels.dtype == torch.uint8 and not palette.is_floating_point():
             palette = palette.to(torch.int32)
         else:
-            dtype = torch.promote_types(torch.float32, torch.promote_types(pixels.dtype, palette.dtype))
+            dtype = reference.distance_dtype(pixels, palette)
             pixels, palette = pixels.to(dtype), palette.to(dtype)
         library = getattr(torch.ops, namespace)
         return library.quantize_colors(pixels.contiguous(), palette.contiguous())
@@ -70,12 +70,10 @@ def _count(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _position_gradient(grad: Tensor, lse: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
-    """The upstream gradient of each position's loss, [M]; no position counted leaves none."""
+    """The upstream gradient of each position's loss: [M], or one for all where the loss is a scalar."""
     if reduction == "none":
         return grad.flatten()
-    if reduction == "mean":
-        grad = grad / _count(lse, mask).clamp_min(1)
-    return grad.expand(len(lse))
+    return grad / _count(lse, mask).clamp_min(1) if reduction == "mean" else grad
 
 
 def _forward(
@@ -117,7 +115,7 @@ def _backward(
 ) -> Tensor:
     counted = _flat_mask(mask)
     gradient = reference.backward(
-        _position_gradient(grad, lse, counted, reduction),
+        _position_gradient(grad, lse, counted, reduction).expand(len(lse)),
         logits.reshape(-1, logits.shape[-1]),
         tokens,
         counted,
@@ -178,7 +176,7 @@ def _linear_backward(
     counted = _flat_mask(mask)
     if reduction == "none":
         dhidden, dweight, dbias = reference.linear_backward(
-            grad.flatten(),
+            _position_gradient(grad, lse, counted, reduction),
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
             bias,
@@ -189,7 +187,7 @@ def _linear_backward(
             z_loss,
         )
     else:
-        scale = _position_gradient(grad, lse, counted, reduction)[:1]
+        scale = _position_gradient(grad, lse, counted, reduction)
         dhidden, dweight, dbias = dhidden * scale, dweight * scale, dbias * scale
     bias_dtype = dbias.dtype if bias is None else bias.dtype
     return (

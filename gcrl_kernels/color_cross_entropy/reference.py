@@ -32,9 +32,14 @@ def quantize_colors(pixels: Tensor, palette: Tensor) -> Tensor:
     return nearest.view(pixels.shape[:-1])
 
 
+def distance_dtype(pixels: Tensor, palette: Tensor) -> torch.dtype:
+    """Where not both are integers: float64 if either is, otherwise float32."""
+    return torch.promote_types(torch.float32, torch.promote_types(pixels.dtype, palette.dtype))
+
+
 def _nearest(pixels: Tensor, palette: Tensor) -> Tensor:
     integers = not (pixels.is_floating_point() or palette.is_floating_point())
-    dtype = torch.int64 if integers else torch.promote_types(pixels.dtype, palette.dtype)
+    dtype = torch.int64 if integers else distance_dtype(pixels, palette)
     difference = [pixels[:, None, c].to(dtype) - palette[None, :, c].to(dtype) for c in range(3)]
     distance = sum(d * d for d in difference)  # [M, K]
     if not integers:

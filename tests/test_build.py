@@ -1,0 +1,135 @@
+"""The source distribution, what installing from it builds, and what happens without a compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+NO_COMPILER = {"CXX": "/nonexistent/c++"}
+QUANTIZE = """
+import torch, gcrl_kernels
+from gcrl_kernels.backends import choose
+pixels, palette = torch.zeros(2, 3), torch.tensor([[1.0, 1, 1], [0, 0, 0]])
+assert gcrl_kernels.quantize_colors(pixels, palette).tolist() == [1, 1]
+print(gcrl_kernels.__file__, choose("quantize_colors", None, pixels))
+"""
+
+
+def run(
+    *command: str | Path, folder: Path, succeeds: bool = True, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode == 0) == succeeds, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked source distribution, built from a copy of what the repository holds."""
+    folder = tmp_path_factory.mktemp("build")
+    copy = folder / "repository"
+    unwanted = (".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__")
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*unwanted))
+    run("-m", "build", "--sdist", "--no-isolation", "--outdir", folder, folder=copy)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def test_source_distribution_is_complete(source: Path, root: Path) -> None:
+    for folder in ("csrc", "gcrl_kernels", "python/gcrl", "tests"):
+        names = [
+            path.relative_to(root)
+            for path in (root / folder).rglob("*")
+            if path.suffix in (".h", ".cpp", ".cu", ".py")
+        ]
+        assert names
+        assert [name for name in names if not (source / name).exists()] == []
+    assert not list(source.rglob("*.so"))
+
+
+def test_installs_compiled_from_the_source_distribution(
+    source: Path, tmp_path: Path, setup_script: ModuleType
+) -> None:
+    if setup_script.find_compiler() is None:
+        pytest.skip("no C++ compiler here")
+    flags = ("--no-deps", "--no-build-isolation", "--no-index", "--target")
+    target = tmp_path / "installed"
+    run("-m", "pip", "install", *flags, target, source, folder=tmp_path, GCRL_KERNELS_BUILD="1")
+    done = run("-c", QUANTIZE, folder=tmp_path, PYTHONPATH=str(target))
+    assert done.stdout.split() == [str(target / "gcrl_kernels" / "__init__.py"), "cpu"]
+    libraries = {path.name for path in (target / "gcrl_kernels").glob("*.so")}
+    expected = {"libgcrl_kernels_cpu.so"}
+    expected |= {"libgcrl_kernels_cuda.so"} if setup_script.find_nvcc() else set()
+    assert libraries == expected
+    assert (target / "gcrl" / "cli.py").exists()
+    (metadata,) = target.glob("gcrl_kernels-*.dist-info/WHEEL")
+    assert "Tag: py3-none-linux" in metadata.read_text()
+
+
+def test_without_a_compiler_installs_pure_python(source: Path, tmp_path: Path) -> None:
+    flags = ("--wheel", "--no-isolation", "--outdir")
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build"))
+    run("-m", "build", *flags, tmp_path, folder=copy, GCRL_KERNELS_BUILD="", **NO_COMPILER)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    target = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    done = run("-c", QUANTIZE, folder=tmp_path, PYTHONPATH=str(target))
+    assert done.stdout.split() == [str(target / "gcrl_kernels" / "__init__.py"), "reference"]
+    done = run("-m", "gcrl_kernels", folder=tmp_path, PYTHONPATH=str(target))
+    assert "backend cpu        missing: libgcrl_kernels_cpu.so was not built" in done.stdout
+
+
+def test_a_build_that_is_required_fails_without_a_compiler(source: Path) -> None:
+    build = ("setup.py", "build_ext")
+    done = run(*build, folder=source, succeeds=False, GCRL_KERNELS_BUILD="1", **NO_COMPILER)
+    assert "GCRL_KERNELS_BUILD=1, and no C++ compiler was found" in done.stderr
+
+
+def test_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build"))
+    run("setup.py", "build_ext", folder=copy, succeeds=False, GCRL_KERNELS_BUILD="", CXX="false")
+
+
+def test_a_build_without_pytorch_says_so(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('none here')")
+    variables = {"PYTHONPATH": str(tmp_path), "GCRL_KERNELS_BUILD": "1", "CXX": "true"}
+    done = run("setup.py", "build_ext", folder=source, succeeds=False, **variables)
+    assert "building the kernels needs PyTorch >= 2.11" in done.stderr
+
+
+@pytest.mark.parametrize(("wanted", "count"), [("0", 0), ("", 0), ("1", 1)])
+def test_what_is_built_without_a_compiler(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, wanted: str, count: int
+) -> None:
+    monkeypatch.setattr(setup_script, "WANTED", wanted)
+    monkeypatch.setattr(setup_script, "find_compiler", lambda: None)
+    monkeypatch.setattr(setup_script, "find_nvcc", lambda: None)
+    assert len(setup_script.libraries()) == count
+
+
+def test_an_instruction_set_is_left_out_on_other_machines(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup_script, "WANTED", "1")
+    monkeypatch.setattr(setup_script.platform, "machine", lambda: "aarch64")
+    sources = setup_script.libraries()[0].sources
+    assert "csrc/color_cross_entropy/nearest_color_portable.cpp" in sources
+    assert not [name for name in sources if "avx" in name]

@@ -1,0 +1,120 @@
+"""NT-Xent over several gloo processes against one process that has the joint batch."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gcrl_kernels import nt_xent
+
+IMAGES, FEATURES = 3, 4
+
+
+class Encoder(nn.Module):
+    """A linear map and a temperature, both learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear = nn.Linear(FEATURES, 5).double()
+        self.log_temperature = nn.Parameter(torch.tensor(-1.0, dtype=torch.float64))
+
+    def forward(self, x0: Tensor, x1: Tensor, options: dict) -> Tensor:
+        temperature = self.log_temperature.exp()
+        return nt_xent(self.linear(x0), self.linear(x1), temperature=temperature, **options)
+
+
+def joint_batch(ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    shape = (ranks * IMAGES, FEATURES)
+    x0, x1 = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return x0, x1, torch.randn(2, 5, generator=generator, dtype=torch.float64)
+
+
+def start(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
+
+
+def run_rank(rank: int, ranks: int, folder: str, options: dict, further: bool) -> None:
+    start(rank, ranks, folder)
+    x0, x1, negatives = joint_batch(ranks)
+    own = slice(rank * IMAGES, (rank + 1) * IMAGES)
+    model = DistributedDataParallel(Encoder())
+    options |= {"group": dist.group.WORLD, "negatives": negatives if further else None}
+    loss = model(x0[own], x1[own], options)
+    if options["reduction"] == "none":
+        weights = upstream(ranks)[:, own].flatten()
+        loss = (loss * weights).sum()
+    loss.backward()
+    result = [loss.detach(), *(p.grad for p in model.parameters())]
+    torch.save(result, Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def upstream(ranks: int) -> Tensor:
+    """Uneven gradients of the anchors' losses, [2, R N]."""
+    return torch.linspace(0.5, 2, 2 * ranks * IMAGES, dtype=torch.float64).view(2, -1)
+
+
+@pytest.mark.parametrize(
+    "ranks, gather, reduction, further",
+    [
+        (2, "all", "mean", True),
+        (2, "ring", "none", False),
+        (3, "ring", "mean", True),
+        (3, "all", "none", False),
+    ],
+)
+def test_averaged_gradients_are_those_of_the_joint_batch(
+    tmp_path, ranks, gather, reduction, further
+) -> None:
+    options = {"gather": gather, "reduction": reduction}
+    mp.spawn(run_rank, (ranks, str(tmp_path), options, further), nprocs=ranks)
+    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(ranks)]
+
+    x0, x1, negatives = joint_batch(ranks)
+    model = Encoder()
+    joint = {"reduction": reduction, "negatives": negatives if further else None}
+    loss = model(x0, x1, joint)
+    if reduction == "none":
+        # Each rank sums its own anchors; averaging the gradients divides their total by the ranks.
+        loss = (loss * upstream(ranks).flatten()).sum() / ranks
+    loss.backward()
+    losses = torch.stack([result[0] for result in results])
+    torch.testing.assert_close(losses.mean(), loss.detach())
+    assert losses.std() > 0
+    for result in results:
+        for actual, parameter in zip(result[1:], model.parameters(), strict=True):
+            torch.testing.assert_close(actual, parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def run_uneven(rank: int, ranks: int, folder: str) -> None:
+    start(rank, ranks, folder)
+    z = torch.randn(3 + rank, 4)
+    message = r"z0, z1: expected the same shape .* rank 0 has \[3, 4\], rank 1 has \[4, 4\]"
+    with pytest.raises(ValueError, match=message):
+        nt_xent(z, z, group=dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def test_uneven_batches_are_an_error_on_every_rank(tmp_path) -> None:
+    mp.spawn(run_uneven, (2, str(tmp_path)), nprocs=2)
+
+
+def test_a_group_of_one_is_this_process(tmp_path) -> None:
+    start(0, 1, str(tmp_path))
+    try:
+        z0, z1 = torch.randn(4, 3), torch.randn(4, 3)
+        assert torch.equal(nt_xent(z0, z1, group=dist.group.WORLD), nt_xent(z0, z1))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,159 @@
+"""Several processes compute what one would on their joint batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from gcrl import checkpoint
+from gcrl.config import Config, ConfigError, ModelConfig, ObjectiveConfig, OptimConfig
+from gcrl.distributed import Team, join
+from gcrl.run import build_model
+from gcrl.trainer import backward, train, wrap
+
+RANKS, PARTS, BATCH = 2, 2, 6  # a batch of all processes
+MODEL = ModelConfig(
+    grid=(4, 4), colors=5, width=8, heads=2, outer_layers=2, inner_layers=1, projection_dim=4
+)
+OBJECTIVES = {
+    "both": ObjectiveConfig(alpha=0.7, beta=1.3, score_first_pixel=False),
+    "generative": ObjectiveConfig(beta=0),
+    "contrastive": ObjectiveConfig(alpha=0),
+}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def tokens(part: int) -> tuple[Tensor, Tensor]:
+    """Weak and strong views of a joint batch, [BATCH, 4, 4] each."""
+    generator = torch.Generator().manual_seed(part)
+    views = torch.randint(5, (2, BATCH, 4, 4), generator=generator)
+    return views[0], views[1]
+
+
+def gradients(team: Team, objective: ObjectiveConfig) -> dict[str, Tensor]:
+    """Of a step of several batches; each process sees its slice of them."""
+    config = Config(model=MODEL, objective=objective)
+    model = build_model(config)
+    network = wrap(model, config, team)
+    mine = slice(team.rank * BATCH // team.size, (team.rank + 1) * BATCH // team.size)
+    losses = []
+    for part in range(PARTS):
+        weak, strong = (view[mine] for view in tokens(part))
+        share, last = 1 / PARTS, part == PARTS - 1
+        losses.append(
+            backward(network, weak, strong, objective, team.group, share=share, last=last)
+        )
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {**found, "losses": team.mean(torch.stack(losses))}
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(RANKS),
+        RANK=str(rank), LOCAL_RANK=str(rank),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    with join("cpu") as team:
+        found = {name: gradients(team, objective) for name, objective in OBJECTIVES.items()}
+        extremes = (team.largest(rank), -team.largest(-rank))
+        mean = team.mean(torch.tensor([float(rank)]))
+        torch.save(
+            {**found, "team": (team.rank, team.size, *extremes, mean)}, f"{folder}/{rank}.pt"
+        )
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(work, (port, str(folder)), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradients_are_those_of_one_process(ranks: list[dict[str, Any]], name: str) -> None:
+    alone = gradients(Team(torch.device("cpu")), OBJECTIVES[name])
+    for found in ranks:
+        assert found[name].keys() == alone.keys()
+        for key, expected in alone.items():
+            torch.testing.assert_close(found[name][key], expected, rtol=1e-4, atol=1e-6, msg=key)
+    assert sum(g.norm() for g in alone.values()) > 0.1
+
+
+def test_a_team_agrees(ranks: list[dict[str, Any]]) -> None:
+    teams = [found["team"] for found in ranks]
+    assert [team[:4] for team in teams] == [(0, 2, 1, 0), (1, 2, 1, 0)]
+    assert all(team[4] == 0.5 for team in teams)
+
+
+def test_one_process_needs_no_group() -> None:
+    with join("cpu") as team:
+        assert team == Team(torch.device("cpu"))
+        assert team.leads
+        assert team.largest(3) == 3
+        team.wait()
+
+
+def test_processes_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = "device: 2 processes take a GPU each.*got 'cuda:0'"
+    with pytest.raises(ConfigError, match=message), join("cuda:0"):
+        pass
+
+
+def test_torchrun_trains_and_resumes(tmp_path: Path) -> None:
+    optim = OptimConfig(batch_size=8, accumulate=2, steps=4, warmup_steps=1)
+    config = replace(Config(), model=replace(MODEL, grid=(8, 8)), optim=optim)
+    config = replace(
+        config,
+        runtime=replace(config.runtime, device="cpu", checkpoint_every=2, log_every=2),
+        evaluation=replace(config.evaluation, evaluate=False),
+    )
+    (tmp_path / "c.json").write_text(config.to_json())
+    command = ["-m", "gcrl", "train", "--config", str(tmp_path / "c.json"), "--out"]
+
+    def run(folder: Path, *flags: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*TORCHRUN, *command, str(folder), *flags],
+            env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run(whole)
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 4]
+    assert records[-1]["images"] == 4 * 2 * 2 * 8
+    last = checkpoint.latest(whole)
+    assert last is not None
+    assert checkpoint.load_state(last)["processes"] == 2
+
+    earlier = whole / "checkpoints" / "step-00000002"
+    (halves / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "palette.npy"):
+        (whole / name).rename(halves / name)
+    earlier.rename(halves / "checkpoints" / earlier.name)
+    run(halves, "--resume")
+    again = checkpoint.latest(halves)
+    assert again is not None
+    assert again.name == last.name
+    for name in ("model", "ema", "optimizer"):
+        file = f"{name}.safetensors"
+        assert (again / file).read_bytes() == (last / file).read_bytes()
+    with pytest.raises(checkpoint.CheckpointError, match="processes were 2, now 1"):
+        train(config, halves, resume=True, progress=False)
