@@ -36,7 +36,9 @@ def check_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], expect
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    check_dtype(name, tensor, FLOATS, "a floating-point tensor (float16, bfloat16, float32, float64)")
+    check_dtype(
+        name, tensor, FLOATS, "a floating-point tensor (float16, bfloat16, float32, float64)"
+    )
 
 
 def check_bool(name: str, tensor: Tensor) -> None:
@@ -66,7 +68,9 @@ def check_same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise value_error(name, "one of " + ", ".join([repr(choice) for choice in choices]), repr(value))
+        raise value_error(
+            name, "one of " + ", ".join([repr(choice) for choice in choices]), repr(value)
+        )
 
 
 def check_number(name: str, value: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,7 +89,7 @@ class _ColorLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.register_buffer("palette", palette)
-        self.options = {
+        self.options: dict[str, Any] = {
             "reduction": reduction,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
@@ -105,12 +106,12 @@ class ColorCrossEntropyLoss(_ColorLoss):
 
     def forward(
         self, logits: Tensor, pixels: Tensor, mask: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | Any:  # with a return_ flag a tuple
         return color_cross_entropy(logits, pixels, self.palette, mask=mask, **self.options)
 
 
 class LinearColorCrossEntropyLoss(_ColorLoss):
-    """`linear_color_cross_entropy` with its palette and options: forward(hidden, weight, pixels, bias, mask)."""
+    """`linear_color_cross_entropy`, likewise: forward(hidden, weight, pixels, bias, mask)."""
 
     def forward(
         self,
@@ -119,7 +120,7 @@ class LinearColorCrossEntropyLoss(_ColorLoss):
         pixels: Tensor,
         bias: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | Any:  # with a return_ flag a tuple
         return linear_color_cross_entropy(
             hidden, weight, pixels, self.palette, bias=bias, mask=mask, **self.options
         )
@@ -130,9 +131,10 @@ class NTXentLoss(nn.Module):
 
     Args:
         temperature: of the similarities; its absolute value at least 1e-8.
-        memory_bank_size: how many embeddings of earlier batches are kept, or (that, D). With a memory bank the
-            anchors are out0's rows, their positives out1's, and their negatives the bank alone, as lightly does.
-            The bank starts with random directions; a batch enters it after its loss, where out0 requires a gradient.
+        memory_bank_size: how many embeddings of earlier batches are kept, or (that, D). With a
+            memory bank the anchors are out0's rows, their positives out1's, and their negatives the
+            bank alone, as lightly does. The bank starts with random directions; a batch enters it
+            after its loss, where out0 requires a gradient.
         gather_distributed: compare with the views of every process of the default group.
 
     Raises:
@@ -150,9 +152,13 @@ class NTXentLoss(nn.Module):
         super().__init__()
         if abs(temperature) < 1e-8:
             raise value_error("temperature", "an absolute value of at least 1e-8", temperature)
-        sizes = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
+        sizes = (
+            (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
+        )
         if len(sizes) not in (1, 2) or min(sizes) < 0:
-            raise value_error("memory_bank_size", "a size, or a size and a dimension", memory_bank_size)
+            raise value_error(
+                "memory_bank_size", "a size, or a size and a dimension", memory_bank_size
+            )
         if gather_distributed and not dist.is_available():
             raise value_error("gather_distributed", "torch.distributed in this PyTorch", True)
         self.temperature, self.gather_distributed = temperature, gather_distributed
@@ -174,11 +180,13 @@ class NTXentLoss(nn.Module):
         logits = torch.cat([positive, negative], 1) / self.temperature  # [N, 1 + bank_size]
         if out0.requires_grad:
             self._remember(positives.detach())
-        return cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+        return cross_entropy(
+            logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        )
 
     @torch.no_grad()
     def _remember(self, rows: Tensor) -> None:
-        """Overwrite the oldest rows of the bank; what does not fit before its end is dropped, as in lightly."""
+        """Overwrite the oldest rows of the bank; as in lightly, what is past its end is dropped."""
         kept = rows[: self.bank_size - self.next_row].to(self.bank.dtype)
         self.bank[self.next_row : self.next_row + len(kept)] = kept
         self.next_row = (self.next_row + len(kept)) % self.bank_size

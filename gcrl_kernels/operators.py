@@ -1,7 +1,7 @@
 """How the package's operators are registered: one way for every kernel.
 
-An operator has one implementation, which takes the backend as its last argument. Its gradient is a second
-operator; differentiating that one raises, since the kernels are once differentiable.
+An operator has one implementation, which takes the backend as its last argument. Its gradient is a
+second operator; differentiating that one raises, since the kernels are once differentiable.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 def define(
     schema: str, implementations: Mapping[str, Callable[..., Any]], fake: Callable[..., Any]
 ) -> Any:
-    """Define an operator from its schema, an implementation a backend and the shapes it returns; returns it.
+    """Define an operator: its schema, an implementation for each backend, the shapes it returns.
 
     The schema's last argument is the backend; the implementations and `fake` do without it.
     """
@@ -30,7 +30,8 @@ def define(
         device = rest[0].device.type
         if not torch.is_autocast_enabled(device):
             return implementations[backend](*rest)
-        # The kernels choose their own precision: autocast must not reach into them, nor into a backward.
+        # The kernels choose their own precision: autocast must not reach into them, nor into a
+        # backward.
         with torch.autocast(device, enabled=False):
             return implementations[backend](*rest)
 

@@ -88,7 +88,11 @@ def test_any_shape_bias_and_mask(
     def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         return axial_attention(q, k, v, axis - len(grid), bias=bias, backend=backend, **options)
 
-    assert_as_accurate(ours, lambda *t: plain(*t, axis=axis, **options), inputs, torch.float32)
+    def apart(*tensors: Tensor) -> Tensor:
+        return plain(*tensors, axis=axis, **options)
+
+    # dq and dk are sums of terms of this size, which cancel where a row is short.
+    assert_as_accurate(ours, apart, inputs, torch.float32, scale=4.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -246,8 +250,16 @@ BAD = [
     ({"q": Q.long()}, TypeError, "q: expected a floating-point tensor .*got torch.int64"),
     ({"q": Q[0, 0]}, ValueError, r"q: expected \[B, \*grid, heads, D\].* got \[6, 3, 8\]"),
     ({"q": Q[..., :0], "k": Q[..., :0], "v": Q[..., :0]}, ValueError, "q: expected at least one"),
-    ({"k": Q[:1]}, ValueError, r"k: expected shape of q = \[2, 4, 6, 3, 8\], got \[1, 4, 6, 3, 8\]"),
-    ({"v": Q.half()}, TypeError, r"v: expected the dtype of q \(torch.float32\), got torch.float16"),
+    (
+        {"k": Q[:1]},
+        ValueError,
+        r"k: expected shape of q = \[2, 4, 6, 3, 8\], got \[1, 4, 6, 3, 8\]",
+    ),
+    (
+        {"v": Q.half()},
+        TypeError,
+        r"v: expected the dtype of q \(torch.float32\), got torch.float16",
+    ),
     ({"k": Q.to("meta")}, ValueError, r"k: expected the device of q \(cpu\), got meta"),
     ({"axis": 2}, ValueError, "axis: expected -2 to 1 for this grid, got 2"),
     ({"axis": -3}, ValueError, "axis: expected -2 to 1 for this grid, got -3"),
@@ -255,11 +267,23 @@ BAD = [
     ({"causal": 1}, TypeError, "causal: expected True or False, got int"),
     ({"return_lse": None}, TypeError, "return_lse: expected True or False, got NoneType"),
     ({"scale": "1"}, TypeError, "scale: expected a number, got str"),
-    ({"bias": Q[0, 0]}, ValueError, r"bias: expected shape \[heads, N, N\] = \[3, 6, 6\], got \[6, 3"),
+    (
+        {"bias": Q[0, 0]},
+        ValueError,
+        r"bias: expected shape \[heads, N, N\] = \[3, 6, 6\], got \[6, 3",
+    ),
     ({"bias": torch.zeros(3, 6, 6).int()}, TypeError, "bias: expected a floating-point tensor"),
     ({"bias": torch.zeros(3, 6, 6, device="meta")}, ValueError, "bias: expected the device of q"),
-    ({"mask": Q[..., 0, 0]}, TypeError, "mask: expected a tensor of dtype torch.bool, got torch.fl"),
-    ({"mask": Q[:, 0, :, 0, 0] > 0}, ValueError, r"mask: expected shape \[B, \*grid\] = \[2, 4, 6\]"),
+    (
+        {"mask": Q[..., 0, 0]},
+        TypeError,
+        "mask: expected a tensor of dtype torch.bool, got torch.fl",
+    ),
+    (
+        {"mask": Q[:, 0, :, 0, 0] > 0},
+        ValueError,
+        r"mask: expected shape \[B, \*grid\] = \[2, 4, 6\]",
+    ),
     ({"mask": (Q[..., 0, 0] > 0).to("meta")}, ValueError, "mask: expected the device of q"),
     ({"backend": "fast"}, ValueError, "backend: expected .*got 'fast'"),
 ]
@@ -273,7 +297,9 @@ def test_bad_arguments(change, error, message) -> None:
 
 
 def test_bad_packed_arguments() -> None:
-    with pytest.raises(ValueError, match=r"qkv: expected \[B, \*grid, 3, heads, D\].* got \[2, 4, 6"):
+    with pytest.raises(
+        ValueError, match=r"qkv: expected \[B, \*grid, 3, heads, D\].* got \[2, 4, 6"
+    ):
         axial_attention_packed(Q, 0)
     with pytest.raises(TypeError, match="qkv: expected a floating-point tensor"):
         axial_attention_packed(torch.zeros(1, 2, 3, 1, 8).int(), 0)

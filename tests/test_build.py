@@ -54,7 +54,7 @@ def test_source_distribution_is_complete(source: Path, root: Path) -> None:
         names = [
             path.relative_to(root)
             for path in (root / folder).rglob("*")
-            if path.suffix in (".h", ".cpp", ".cu", ".py")
+            if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py")
         ]
         assert names
         assert [name for name in names if not (source / name).exists()] == []

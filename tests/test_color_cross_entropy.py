@@ -134,7 +134,7 @@ def test_more_positions_than_a_chunk(backend) -> None:
 
 @pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 def test_small_gradients_survive_half_precision(backend) -> None:
-    """Divided by a million positions in float16 they would be zero; a gradient scaler multiplies first."""
+    """Divided by a million in float16 they would be zero; a gradient scaler multiplies first."""
     positions, scale = 1_000_000, 65_536.0
     torch.manual_seed(0)
     hidden = torch.randn(positions, 1).half().requires_grad_()
@@ -333,17 +333,29 @@ BAD = [
     ({"logits": LOGITS.int()}, TypeError, "logits: expected a floating-point tensor"),
     ({"logits": torch.tensor(0.0)}, ValueError, r"logits: expected \[..., K\]"),
     ({"pixels": PIXELS.int()}, TypeError, "pixels: expected a uint8 or floating-point tensor"),
-    ({"pixels": PIXELS[:3]}, ValueError, r"pixels: expected shape of logits.* = \[4, 3\], got \[3, 3"),
+    (
+        {"pixels": PIXELS[:3]},
+        ValueError,
+        r"pixels: expected shape of logits.* = \[4, 3\], got \[3, 3",
+    ),
     ({"pixels": PIXELS[:, :2]}, ValueError, r"pixels: expected \[..., 3\]"),
     ({"pixels": PIXELS.to("meta")}, ValueError, "palette: expected the device of pixels"),
     ({"palette": None}, TypeError, "pixels: expected integer tokens where there is no palette"),
     ({"palette": PALETTE > 0}, TypeError, "palette: expected an integer or floating-point tensor"),
-    ({"palette": PALETTE[:4]}, ValueError, r"palette: expected \[K, 3\] with K = 5 colours, got \[4"),
+    (
+        {"palette": PALETTE[:4]},
+        ValueError,
+        r"palette: expected \[K, 3\] with K = 5 colours, got \[4",
+    ),
     ({"palette": PALETTE[:, :2]}, ValueError, r"palette: expected \[K, 3\]"),
     ({"mask": LOGITS[:, 0]}, TypeError, "mask: expected a tensor of dtype torch.bool"),
     ({"mask": LOGITS > 0}, ValueError, r"mask: expected shape .* = \[4\], got \[4, 5\]"),
     ({"mask": (LOGITS[:, 0] > 0).to("meta")}, ValueError, "mask: expected the device of logits"),
-    ({"reduction": "avg"}, ValueError, "reduction: expected one of 'mean', 'sum', 'none', got 'avg'"),
+    (
+        {"reduction": "avg"},
+        ValueError,
+        "reduction: expected one of 'mean', 'sum', 'none', got 'avg'",
+    ),
     ({"label_smoothing": 1.5}, ValueError, "label_smoothing: expected 0 to 1, got 1.5"),
     ({"label_smoothing": "a"}, TypeError, "label_smoothing: expected a number, got str"),
     ({"z_loss": -1}, ValueError, "z_loss: expected at least 0, got -1"),
@@ -366,7 +378,11 @@ BAD_LINEAR = [
     ({"hidden": torch.tensor(0.0)}, ValueError, r"hidden: expected \[..., C\]"),
     ({"weight": WEIGHT.int()}, TypeError, "weight: expected a floating-point tensor"),
     ({"weight": WEIGHT[:, :1]}, ValueError, r"weight: expected \[K, C = 2\], got \[5, 1\]"),
-    ({"weight": WEIGHT.half()}, TypeError, r"weight: expected the dtype of hidden \(torch.float32\)"),
+    (
+        {"weight": WEIGHT.half()},
+        TypeError,
+        r"weight: expected the dtype of hidden \(torch.float32\)",
+    ),
     ({"weight": WEIGHT.to("meta")}, ValueError, "weight: expected the device of hidden"),
     ({"bias": WEIGHT}, ValueError, r"bias: expected shape \[K\] = \[5\], got \[5, 2\]"),
     ({"bias": WEIGHT[:, 0].half()}, TypeError, "bias: expected the dtype of hidden"),

@@ -45,6 +45,11 @@ def start(rank: int, ranks: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
 
 
+def stop() -> None:
+    dist.barrier()  # a process that leaves early would break the others' connections
+    dist.destroy_process_group()
+
+
 def run_rank(rank: int, ranks: int, folder: str, options: dict, further: bool) -> None:
     start(rank, ranks, folder)
     x0, x1, negatives = joint_batch(ranks)
@@ -58,7 +63,7 @@ def run_rank(rank: int, ranks: int, folder: str, options: dict, further: bool) -
     loss.backward()
     result = [loss.detach(), *(p.grad for p in model.parameters())]
     torch.save(result, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    stop()
 
 
 def upstream(ranks: int) -> Tensor:
@@ -104,7 +109,7 @@ def run_uneven(rank: int, ranks: int, folder: str) -> None:
     message = r"z0, z1: expected the same shape .* rank 0 has \[3, 4\], rank 1 has \[4, 4\]"
     with pytest.raises(ValueError, match=message):
         nt_xent(z, z, group=dist.group.WORLD)
-    dist.destroy_process_group()
+    stop()
 
 
 def test_uneven_batches_are_an_error_on_every_rank(tmp_path) -> None:

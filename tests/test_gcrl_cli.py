@@ -16,17 +16,17 @@ from gcrl.cli import main
 from gcrl.config import Config
 from gcrl.presets import PRESETS, preset
 
-TINY = (
-    "--grid 8 8 --colors 8 --width 8 --heads 2 --outer-layers 2 --inner-layers 1 --weak-shift 1 "
-    "--batch-size 16 --steps 4 --warmup-steps 1 --log-every 2 --device cpu --probe-train 60 "
-    "--probe-test 30 --neighbors 5 --sample-count 4"
-).split()  # noqa: SIM905
+TINY = """
+    --grid 8 8 --colors 8 --width 8 --heads 2 --outer-layers 2 --inner-layers 1 --weak-shift 1
+    --batch-size 16 --steps 4 --warmup-steps 1 --log-every 2 --device cpu --probe-train 60
+    --probe-test 30 --neighbors 5 --sample-count 4
+"""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "run"
-    assert main(["train", *TINY, "--out", str(folder), "--learning-rate", "0.003"]) == 0
+    assert main(["train", *TINY.split(), "--out", str(folder), "--learning-rate", "0.003"]) == 0
     return folder
 
 

@@ -81,8 +81,11 @@ def test_a_part_that_was_not_trained_has_no_curve(tmp_path: Path) -> None:
     write_metrics(tmp_path, config=tiny_run.with_settings("objective", beta=0.0))
     picture = read(figures.draw_curves(tmp_path))
     blue = (picture == (0x1F, 0x6F, 0xB4)).all(-1)
-    assert blue[:, :600].any()
-    assert not blue[:, 600:].any()  # the first panel is wider, as the second has no numbers
+    grey = (picture == 0x8A).all(-1)  # what it would start from
+    assert blue[:, :600].any()  # wider than the second panel, which has no numbers
+    assert grey[:, :600].sum(1).max() > 100
+    assert not blue[:, 600:].any()
+    assert grey[:, 600:].sum(1).max() < 20
 
 
 @pytest.mark.parametrize("content", [None, ""])
@@ -115,6 +118,7 @@ def test_samples_stand_beside_real_images(run: Run) -> None:
     generated = run.sample(6, seed=0).numpy()
     real = figures._test_images(run, dataset, 6)
     assert not np.array_equal(real, run.quantize(dataset.test.images[:6]).numpy())  # a mixed choice
+    assert len(np.unique(real, axis=0)) > 1
     middle = picture.shape[1] // 2
     for images, half in ((generated, picture[:, :middle]), (real, picture[:, middle:])):
         assert contains(half, figures._tiled(images, 3))
@@ -131,7 +135,9 @@ def test_completions_keep_what_is_given(run: Run) -> None:
     real = figures._test_images(run, dataset, 3)
     drawn = [run.complete(real, seed=draw).numpy() for draw in range(2)]
     assert not np.array_equal(*drawn)
-    for images in (real, *drawn):
+    given = real.copy()
+    given[:, 2:] = 225
+    for images in (real, given, *drawn):
         assert contains(picture, figures._tiled(images, 3, 768))
 
 

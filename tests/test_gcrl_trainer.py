@@ -22,6 +22,7 @@ from gcrl import checkpoint, trainer
 from gcrl.config import Config, ConfigError
 from gcrl.data import DataError
 from gcrl.distributed import Team
+from gcrl.metrics import Recorder
 from gcrl.runfolder import prepare
 from gcrl.trainer import Diverged, Trainer, learning_rate, train
 
@@ -236,6 +237,19 @@ def test_real_divergence_before_any_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="no checkpoint was saved before"):
         train(tiny(learning_rate=1e30, warmup_steps=0), tmp_path, progress=False)
     assert checkpoint.latest(tmp_path) is None
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.step = 3
+    run.save(tmp_path, Recorder(tmp_path, 0))
+    run.step = 4
+    run.model.embed.weight.data[0, 0] = math.inf
+    with pytest.raises(Diverged, match="step 4: .*step-00000003"):
+        run.save(tmp_path, Recorder(tmp_path, 0))
+    saved = checkpoint.latest(tmp_path)
+    assert saved is not None
+    assert saved.name == "step-00000003"
 
 
 def test_unusable_settings_leave_no_folder(tmp_path: Path) -> None:

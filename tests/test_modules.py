@@ -55,7 +55,9 @@ def test_nt_xent_loss() -> None:
     expected = nt_xent(z0, z1, temperature=0.2)
     torch.testing.assert_close(NTXentLoss(0.2)(z0, z1), expected)
     torch.testing.assert_close(NTXentLoss(0.2, gather_distributed=True)(z0, z1), expected)
-    with pytest.raises(ValueError, match="temperature: expected an absolute value of at least 1e-8"):
+    with pytest.raises(
+        ValueError, match="temperature: expected an absolute value of at least 1e-8"
+    ):
         NTXentLoss(1e-9)
     with pytest.raises(ValueError, match="memory_bank_size: expected a size, or"):
         NTXentLoss(memory_bank_size=(1, 2, 3))
@@ -77,7 +79,8 @@ def test_memory_bank_holds_the_negatives(size) -> None:
             torch.testing.assert_close(loss, cross_entropy(logits / 0.2, torch.zeros(3).long()))
             loss.backward()
             assert z0.grad.abs().sum() > 0
-        # Three batches of three fill eight rows, the last of which is dropped; the fourth starts anew.
+        # Three batches of three fill eight rows, the last of which is dropped; the fourth starts
+        # anew.
         first = (0, 3, 6, 0)[step]
         kept = min(3, 8 - first)
         torch.testing.assert_close(bank[first : first + kept], normalize(z1.detach(), dim=1)[:kept])

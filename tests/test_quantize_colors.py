@@ -81,7 +81,11 @@ def test_any_strides(backend) -> None:
         ({"pixels": [1, 2, 3]}, TypeError, "pixels: expected a tensor, got list"),
         ({"pixels": torch.zeros(4, 3).int()}, TypeError, "pixels: expected a uint8 or floating"),
         ({"pixels": torch.zeros(4, 4)}, ValueError, r"pixels: expected \[..., 3\].* got \[4, 4\]"),
-        ({"palette": torch.zeros(0, 3)}, ValueError, r"palette: expected \[K, 3\] with at least one"),
+        (
+            {"palette": torch.zeros(0, 3)},
+            ValueError,
+            r"palette: expected \[K, 3\] with at least one",
+        ),
         ({"palette": torch.zeros(3)}, ValueError, r"palette: expected \[K, 3\]"),
         ({"palette": torch.zeros(4, 3, device="meta")}, ValueError, "palette: expected the device"),
         ({"backend": 3}, ValueError, "backend: expected"),

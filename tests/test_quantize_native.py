@@ -157,19 +157,3 @@ def test_threads_agree(quantize) -> None:
 def test_a_direct_call_is_checked(quantize, pixels, palette, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         quantize(pixels, palette)
-
-
-@pytest.mark.skipif(backends.unavailable("cuda") is not None, reason="no CUDA")
-@pytest.mark.parametrize("colors", [1, 511, 513, 1300])
-def test_cuda_agrees_with_the_cpu(quantize, colors: int) -> None:
-    on_cuda = torch.ops.gcrl_kernels_cuda.quantize_colors
-    pixels = uint8_pixels(5001)
-    for limit in (256, 2**31):
-        palette = torch.randint(-limit, limit, (colors, 3)).int()
-        result = on_cuda(pixels.cuda(), palette.cuda())
-        assert torch.equal(result.cpu(), quantize(pixels, palette))
-    for dtype in (torch.float32, torch.float64):
-        floats, palette = torch.rand(5001, 3, dtype=dtype), torch.rand(colors, 3, dtype=dtype)
-        check_nearest(on_cuda(floats.cuda(), palette.cuda()).cpu(), floats, palette)
-        floats[17, 1] = float("nan")
-        assert on_cuda(floats.cuda(), palette.cuda())[17] == -1

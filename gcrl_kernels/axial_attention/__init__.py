@@ -26,24 +26,28 @@ def axial_attention(
     mask: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention along one axis of a grid: softmax(scale q kᵀ + bias) v (Ho et al. 2019, arXiv 1912.12180).
+) -> Tensor | Any:  # with a return_ flag a tuple
+    """Softmax attention along one axis of a grid: softmax(scale q kᵀ + bias) v.
+
+    Axial attention is Ho et al. 2019, arXiv 1912.12180.
 
     Args:
-        q, k, v: [B, *grid, heads, D], floating point, one dtype; grid has 1 to 3 dimensions (an image:
-            [B, H, W, heads, D]). Any strides.
-        axis: the grid dimension to attend along: for an image 0 is down columns, 1 along rows; negative
-            counts back within the grid. N is its length.
+        q, k, v: [B, *grid, heads, D], floating point, one dtype; grid has 1 to 3 dimensions (an
+            image: [B, H, W, heads, D]). Any strides.
+        axis: the grid dimension to attend along: for an image 0 is down columns, 1 along rows;
+            negative counts back within the grid. N is its length.
         causal: a position attends to itself and those before it.
         scale: of the scores; 1/sqrt(D) by default.
         bias: [heads, N, N], floating point, added to the scaled scores; it may require a gradient.
-        mask: bool [B, *grid]; True may be attended to. A query with nothing to attend to gives zeros.
+        mask: bool [B, *grid]; True may be attended to. A query with nothing to attend to gives
+            zeros.
         return_lse: also return each query's log-sum-exp of the scores, in nats, without a gradient.
-        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the tensors' device.
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the tensors'
+            device.
 
     Returns:
-        [B, *grid, heads, D], contiguous, in q's dtype (autocast's, where it is on); with return_lse also
-        float32 [B, *grid, heads].
+        [B, *grid, heads, D], contiguous, in q's dtype (autocast's, where it is on); with
+        return_lse also float32 [B, *grid, heads].
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device than stated.
@@ -52,7 +56,9 @@ def axial_attention(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         checks.check_floating(name, tensor)
     if not 4 <= q.dim() <= 6:
-        raise checks.value_error("q", "[B, *grid, heads, D] with a grid of 1 to 3 dimensions", checks.shape(q))
+        raise checks.value_error(
+            "q", "[B, *grid, heads, D] with a grid of 1 to 3 dimensions", checks.shape(q)
+        )
     for name, tensor in (("k", k), ("v", v)):
         checks.check_shape(name, tensor, q.shape, "of q")
         checks.check_same_dtype(name, tensor, "q", q)
@@ -73,11 +79,11 @@ def axial_attention_packed(
     mask: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`axial_attention` of a packed projection qkv [B, *grid, 3, heads, D]; its gradient is one tensor like it.
+) -> Tensor | Any:  # with a return_ flag a tuple
+    """`axial_attention` of a packed projection qkv [B, *grid, 3, heads, D]; so is its gradient.
 
-    Arguments, result and errors are otherwise those of `axial_attention`. Unbinding a packed projection
-    instead costs a concatenation in backward.
+    Arguments, result and errors are otherwise those of `axial_attention`. Unbinding a packed
+    projection instead costs a concatenation in backward.
     """
     checks.check_floating("qkv", qkv)
     if not 5 <= qkv.dim() <= 7 or qkv.shape[-3] != 3:

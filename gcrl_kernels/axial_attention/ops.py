@@ -1,7 +1,7 @@
 """The operators of axial attention: schemas, shapes and gradients.
 
-`axial_attention` has q, k and v apart; `axial_attention_packed` has them in one tensor, and its gradient is
-one tensor too.
+`axial_attention` has q, k and v apart; `axial_attention_packed` has them in one tensor, and its
+gradient is one tensor too.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ _OPTIONS = "Tensor? bias, Tensor? mask, int axis, bool causal, float scale"
 
 
 def _packed_forward(qkv: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return reference.forward(*qkv.unbind(-3), *options)
+    q, k, v = qkv.unbind(-3)
+    return reference.forward(q, k, v, *options)
 
 
 def _packed_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    *dqkv, dbias = reference.backward(grad, *qkv.unbind(-3), out, lse, *options)
+    q, k, v = qkv.unbind(-3)
+    *dqkv, dbias = reference.backward(grad, q, k, v, out, lse, *options)
     return torch.stack(dqkv, -3), dbias
 
 

@@ -2,11 +2,16 @@
 
 Along the chosen axis, with rows of length N:
 
-    S = scale Q Kᵀ + bias          P = softmax(S) over the keys that causal and mask allow          O = P V
+    S = scale Q Kᵀ + bias
+    P = softmax(S) over the keys that causal and mask allow
+    O = P V
 
 and backward, from dO (Vaswani et al. 2017, arXiv 1706.03762; differentiated by hand):
 
-    dV = Pᵀ dO     dP = dO Vᵀ     dS = P ∘ (dP - Σ P ∘ dP)     dQ = scale dS K     dK = scale dSᵀ Q     dbias = Σ dS
+    dV = Pᵀ dO
+    dP = dO Vᵀ
+    dS = P ∘ (dP - Σ P ∘ dP)
+    dQ = scale dS K         dK = scale dSᵀ Q         dbias = Σ dS
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ def forward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The output [B, *grid, heads, D] and the log-sum-exp of each query's scores [B, *grid, heads]."""
+    """The output [B, *grid, heads, D], and each query's log-sum-exp [B, *grid, heads]."""
     dtype = accumulation_dtype(q.dtype)
     scores = _scores(_rows(q, axis, dtype), _rows(k, axis, dtype), bias, mask, axis, causal, scale)
     lse = scores.logsumexp(-1)  # [B, *rest, heads, N]
@@ -56,8 +61,8 @@ def backward(
     p = _probabilities(scores, lse.movedim(1 + axis, -1))  # [B, *rest, heads, N, N]
     dv = p.mT @ grad_rows
     dp = grad_rows @ v_rows.mT
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    dq, dk = (ds @ k_rows) * scale, (ds.mT @ q_rows) * scale
+    ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p)
+    dq, dk = ds @ k_rows * scale, ds.mT @ q_rows * scale
     if bias is not None and bias_needs_grad:
         dbias = ds.flatten(0, -4).sum(0).to(bias.dtype)
     else:
@@ -66,8 +71,8 @@ def backward(
 
 
 def _rows(tensor: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
-    """[B, *grid, heads, D] -> [B, *rest, heads, N, D]: the rows to attend along, last."""
-    return tensor.movedim(1 + axis, -2).to(dtype)
+    """[B, *grid, heads, D] -> [B, *rest, heads, N, D], contiguous: the rows to attend along."""
+    return tensor.movedim(1 + axis, -2).to(dtype).contiguous()
 
 
 def _grid(rows: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
@@ -85,19 +90,19 @@ def _scores(
     scale: float,
 ) -> Tensor:
     """[B, *rest, heads, N, N], minus infinity where a query may not attend to a key."""
-    scores = (q * scale) @ k.mT
+    scores = (q @ k.mT).mul_(scale)
     length = scores.shape[-1]
     if bias is not None:
-        scores = scores + bias.to(scores.dtype)
+        scores += bias
     if causal:
         future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
+        scores.masked_fill_(future, -torch.inf)
     if mask is not None:
         keys = mask.movedim(1 + axis, -1)[..., None, None, :]  # [B, *rest, 1, 1, N]
-        scores = scores.masked_fill(~keys, -torch.inf)
+        scores.masked_fill_(~keys, -torch.inf)
     return scores
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """softmax(scores), and zeros for a query with nothing to attend to (its lse is minus infinity)."""
-    return (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    """softmax(scores), in their place; zeros for a query with no key, whose lse is -inf."""
+    return scores.sub_(lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp_()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,16 +17,17 @@ __all__ = ["color_cross_entropy", "fit_palette", "linear_color_cross_entropy", "
 
 
 def quantize_colors(pixels: Tensor, palette: Tensor, *, backend: str | None = None) -> Tensor:
-    """The nearest palette colour of each pixel, by squared Euclidean distance; the lowest index wins a tie.
+    """The nearest palette colour of each pixel, by squared Euclidean distance.
 
     Args:
         pixels: [..., 3], uint8 or floating point.
-        palette: [K, 3], integers (that fit int32) or floating point, in the units of `pixels`. uint8 pixels
-            are compared with an integer palette in integers, exactly.
+        palette: [K, 3], integers (that fit int32) or floating point, in the units of `pixels`.
+            uint8 pixels are compared with an integer palette in integers, exactly.
         backend: "reference", "cpu" or "cuda"; None takes the best for the pixels' device.
 
     Returns:
-        int64 [...], 0 to K - 1; -1 for a pixel with a NaN. A NaN colour is never the nearest.
+        int64 [...], 0 to K - 1: the lowest index where several are nearest, -1 for a pixel with a
+        NaN. A NaN colour is never the nearest.
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device than stated.
@@ -47,24 +50,27 @@ def color_cross_entropy(
     return_z_loss: bool = False,
     inplace_backward: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax cross-entropy in nats; the target of each position is quantize_colors(pixels, palette).
+) -> Tensor | Any:  # with a return_ flag a tuple
+    """Softmax cross-entropy in nats, whose targets are quantize_colors(pixels, palette).
 
     Args:
         logits: [..., K], floating point.
-        pixels: [..., 3], uint8 or floating point; without a palette, ready tokens: integers [...]. A target
-            outside 0 to K - 1 (a NaN pixel's too) makes its loss NaN.
+        pixels: [..., 3], uint8 or floating point; without a palette, ready tokens: integers [...].
+            A target outside 0 to K - 1 (a NaN pixel's too) makes its loss NaN.
         palette: [K, 3], in the units of `pixels`.
-        mask: bool [...]; True counts. What is left out has zero loss and gradient, whatever its values.
+        mask: bool [...]; True counts. What is left out has zero loss and gradient, whatever its
+            values.
         reduction: "mean" over the positions that count (none gives NaN), "sum" or "none".
-        label_smoothing: share of the target spread evenly over the colours, 0 to 1 (arXiv 1512.00567).
+        label_smoothing: share of the target spread evenly over the colours, 0 to 1 (arXiv
+            1512.00567).
         z_loss: weight of the square of the log-sum-exp, added to the loss (arXiv 2204.02311).
         return_z_loss: also return that part of the loss, without a gradient.
         inplace_backward: allow the backward to overwrite the logits with their gradient.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the logits' device.
 
     Returns:
-        The loss, float32 (float64 for float64 logits), a scalar or [...]; with return_z_loss also its z-loss part.
+        The loss, float32 (float64 for float64 logits), a scalar or [...]; with return_z_loss also
+        its z-loss part.
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device than stated.
@@ -72,7 +78,9 @@ def color_cross_entropy(
     """
     checks.check_floating("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise checks.value_error("logits", "[..., K] with at least one colour", checks.shape(logits))
+        raise checks.value_error(
+            "logits", "[..., K] with at least one colour", checks.shape(logits)
+        )
     checks.check_flag("inplace_backward", inplace_backward)
     _check_targets(logits.shape[:-1], logits.shape[-1], "logits", logits, pixels, palette, mask)
     _check_loss_options(reduction, label_smoothing, z_loss, return_z_loss)
@@ -104,7 +112,7 @@ def linear_color_cross_entropy(
     z_loss: float = 0.0,
     return_z_loss: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:  # with a return_ flag a tuple
     """`color_cross_entropy` of hidden @ weight.T + bias, whose logits are never stored whole.
 
     Args:
@@ -112,8 +120,8 @@ def linear_color_cross_entropy(
         weight: [K, C], in hidden's dtype (under autocast any).
         bias: [K], likewise.
 
-    The other arguments, the result and the errors are those of `color_cross_entropy`. The weight's gradient
-    is accumulated in float32 (float64 for float64 inputs).
+    The other arguments, the result and the errors are those of `color_cross_entropy`. The weight's
+    gradient is accumulated in float32 (float64 for float64 inputs).
     """
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         checks.check_floating(name, tensor)
@@ -134,7 +142,7 @@ def linear_color_cross_entropy(
     checks.check_same_dtype("weight", weight, "hidden", hidden)
     if bias is not None:
         checks.check_same_dtype("bias", bias, "hidden", hidden)
-    needs_grad = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in parameters])
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parameters)
     loss, z_term, *_ = ops.linear_color_cross_entropy(
         hidden,
         weight,
@@ -155,7 +163,9 @@ def _check_palette(palette: Tensor, pixels: Tensor) -> None:
     dtypes = (*checks.INTEGERS, *checks.FLOATS)
     checks.check_dtype("palette", palette, dtypes, "an integer or floating-point tensor")
     if palette.dim() != 2 or palette.shape[1] != 3 or palette.shape[0] == 0:
-        raise checks.value_error("palette", "[K, 3] with at least one colour", checks.shape(palette))
+        raise checks.value_error(
+            "palette", "[K, 3] with at least one colour", checks.shape(palette)
+        )
     checks.check_same_device("palette", palette, "pixels", pixels)
 
 
@@ -168,7 +178,7 @@ def _check_targets(
     palette: Tensor | None,
     mask: Tensor | None,
 ) -> None:
-    """Pixels and mask have a value for each position of `tensor`, and the palette one for each colour."""
+    """Raise unless pixels and mask have each position of `tensor`, and the palette each colour."""
     if palette is None:
         checks.check_dtype(
             "pixels", pixels, checks.INTEGERS, "integer tokens where there is no palette"
@@ -181,7 +191,9 @@ def _check_targets(
         )
         _check_palette(palette, pixels)
         if palette.shape[0] != colors:
-            raise checks.value_error("palette", f"[K, 3] with K = {colors} colours", checks.shape(palette))
+            raise checks.value_error(
+                "palette", f"[K, 3] with K = {colors} colours", checks.shape(palette)
+            )
     checks.check_same_device("pixels", pixels, name, tensor)
     if mask is not None:
         checks.check_bool("mask", mask)

@@ -1,8 +1,8 @@
 """The operators of the colour-quantised cross-entropy: schemas, shapes and gradients.
 
-Where the reduction is a scalar, the linear form's forward computes the gradients of the *sum* of the losses;
-the division by the count and the upstream gradient are applied in backward, in the accumulation dtype, so
-that they do not vanish in half precision.
+Where the reduction is a scalar, the linear form's forward computes the gradients of the *sum* of
+the losses; the division by the count and the upstream gradient are applied in backward, in the
+accumulation dtype, so that they do not vanish in half precision.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _count(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _position_gradient(grad: Tensor, lse: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
-    """The upstream gradient of each position's loss: [M], or one for all where the loss is a scalar."""
+    """The upstream gradient of each position's loss: [M], or one for all of a scalar loss."""
     if reduction == "none":
         return grad.flatten()
     return grad / _count(lse, mask).clamp_min(1) if reduction == "mean" else grad
@@ -261,7 +261,7 @@ _linear_color_backward = define(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _, _, mask, *ctx.options = inputs
-    loss, z_term, lse, tokens = output
+    _, z_term, lse, tokens = output
     ctx.mark_non_differentiable(z_term, lse, tokens)
     ctx.save_for_backward(logits, mask, lse, tokens)
 
@@ -273,7 +273,7 @@ def _gradient(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, _, _, mask, *options, _, backend = inputs
-    loss, z_term, lse, tokens, *sum_gradients = output
+    _, z_term, lse, tokens, *sum_gradients = output
     ctx.mark_non_differentiable(z_term, lse, tokens, *sum_gradients)
     ctx.options = (*options, backend)
     ctx.save_for_backward(hidden, weight, bias, mask, lse, tokens, *sum_gradients)

@@ -20,7 +20,9 @@ def fit_palette(
     backend: str | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Fit `colors` colours to pixels by k-means: k-means++ start (Arthur and Vassilvitskii 2007), then Lloyd.
+    """Fit colours to pixels by k-means: Lloyd's iterations from a k-means++ start.
+
+    k-means++ is Arthur and Vassilvitskii 2007.
 
     Args:
         pixels: [..., 3], uint8 or floating point, finite; at least `colors` of them.
@@ -31,11 +33,12 @@ def fit_palette(
         progress: show a bar (if tqdm is installed).
 
     Returns:
-        float32 [colors, 3], in the units of `pixels`, on their device; darkest colour first. A colour that
-        no pixel is nearest to is moved to the pixels that are farthest from theirs.
+        float32 [colors, 3], in the units of `pixels`, on their device; darkest colour first. A
+        colour that no pixel is nearest to is moved to the pixels that are farthest from theirs.
 
     Raises:
-        TypeError, ValueError: an argument of another type, dtype or shape than stated; NaN or infinite pixels.
+        TypeError, ValueError: an argument of another type, dtype or shape than stated; NaN or
+            infinite pixels.
     """
     check_pixels(pixels)
     for name, value, least in (("colors", colors, 1), ("iterations", iterations, 0)):
@@ -44,7 +47,9 @@ def fit_palette(
         checks.check_at_least(name, value, least)
     flat = pixels.detach().reshape(-1, 3)
     if len(flat) < colors:
-        raise checks.value_error("pixels", f"at least as many as colors ({colors})", f"{len(flat)} pixels")
+        raise checks.value_error(
+            "pixels", f"at least as many as colors ({colors})", f"{len(flat)} pixels"
+        )
     if flat.is_floating_point() and not bool(flat.isfinite().all()):
         raise checks.value_error("pixels", "finite values", "NaN or infinity")
     palette = _lloyd(flat, _seed(flat, colors, seed), iterations, backend, progress)
@@ -53,15 +58,17 @@ def fit_palette(
 
 def check_pixels(pixels: Tensor, name: str = "pixels") -> None:
     """Raise unless pixels are [..., 3], uint8 or floating point."""
-    checks.check_dtype(name, pixels, (torch.uint8, *checks.FLOATS), "a uint8 or floating-point tensor")
+    checks.check_dtype(
+        name, pixels, (torch.uint8, *checks.FLOATS), "a uint8 or floating-point tensor"
+    )
     if pixels.dim() == 0 or pixels.shape[-1] != 3:
         raise checks.value_error(name, "[..., 3] (red, green, blue)", checks.shape(pixels))
 
 
 def _seed(pixels: Tensor, colors: int, seed: int) -> Tensor:
-    """k-means++: each further colour is a pixel drawn with odds of its squared distance from those before."""
+    """k-means++: a further colour is a pixel drawn by its squared distance from those before."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(pixels), generator=generator)[:max(SEEDING_PIXELS, colors)]
+    chosen = torch.randperm(len(pixels), generator=generator)[: max(SEEDING_PIXELS, colors)]
     sample = pixels[chosen.to(pixels.device)].double()
     draws = torch.rand(colors, generator=generator, dtype=torch.float64).tolist()
     palette = [sample[0]]
@@ -69,7 +76,8 @@ def _seed(pixels: Tensor, colors: int, seed: int) -> Tensor:
     for draw in draws[1:]:
         distance = torch.minimum(distance, (sample - palette[-1]).square().sum(1))
         cumulative = distance.cumsum(0)
-        # With fewer distinct pixels than colours every distance ends at zero: the first pixel then repeats.
+        # With fewer distinct pixels than colours every distance ends at zero: the first pixel then
+        # repeats.
         index = torch.searchsorted(cumulative, cumulative[-1:] * draw, right=True)
         palette.append(sample[index.clamp_max(len(sample) - 1)[0]])
     return torch.stack(palette).float()
@@ -81,7 +89,8 @@ def _lloyd(
     from gcrl_kernels.color_cross_entropy import quantize_colors
 
     values = pixels.float()
-    # Sums in fixed point: integer additions commute, so that they are the same in any order on any device.
+    # Sums in fixed point: integer additions commute, so that they are the same in any order on any
+    # device.
     unit = 2.0**30 / max(float(values.abs().max()), 1e-30)
     fixed = (values.double() * unit).round().long()
     previous = torch.inf

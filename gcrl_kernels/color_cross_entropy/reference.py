@@ -1,14 +1,15 @@
-"""Colour-quantised cross-entropy in plain PyTorch, on any device: the meaning of the kernels, and their fallback.
+"""Colour-quantised cross-entropy in plain PyTorch, on any device: the meaning of the kernels.
 
-With a position's logits z, its target t (the nearest palette colour), label smoothing e and z-loss weight w:
+With a position's logits z, its target t (the nearest palette colour), label smoothing e and z-loss
+weight w:
 
     lse = log Σ exp(z_k)
     loss = lse - (1 - e) z_t - e/K Σ z_k + w lse²
     dloss/dz_k = (1 + 2 w lse) softmax(z)_k - (1 - e) [k = t] - e/K
 
-(label smoothing: Szegedy et al. 2016, arXiv 1512.00567; z-loss: Chowdhery et al. 2022, arXiv 2204.02311).
-A target outside the palette gives NaN. Positions that the mask leaves out have zero loss and gradient,
-whatever their values.
+(label smoothing: Szegedy et al. 2016, arXiv 1512.00567; z-loss: Chowdhery et al. 2022, arXiv
+2204.02311). A target outside the palette gives NaN. Positions that the mask leaves out have zero
+loss and gradient, whatever their values.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CHUNK = 8192  # positions at a time: their logits, or their distances, are all t
 
 
 def quantize_colors(pixels: Tensor, palette: Tensor) -> Tensor:
-    """The nearest colour of each pixel [..., 3] among the palette [K, 3]: int64 [...], -1 for a NaN pixel."""
+    """The nearest palette colour [K, 3] of each pixel [..., 3]: int64 [...], -1 for a NaN pixel."""
     flat = pixels.reshape(-1, 3)
     nearest = torch.empty(len(flat), dtype=torch.int64, device=pixels.device)
     for part in _chunks(len(flat)):
@@ -41,7 +42,7 @@ def _nearest(pixels: Tensor, palette: Tensor) -> Tensor:
     integers = not (pixels.is_floating_point() or palette.is_floating_point())
     dtype = torch.int64 if integers else distance_dtype(pixels, palette)
     difference = [pixels[:, None, c].to(dtype) - palette[None, :, c].to(dtype) for c in range(3)]
-    distance = sum(d * d for d in difference)  # [M, K]
+    distance = torch.stack([d * d for d in difference]).sum(0)  # [M, K]
     if not integers:
         distance = distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
     # argmin does not say which of several minima it returns: the lowest index is asked for here.
@@ -107,13 +108,15 @@ def linear_forward(
     z_loss: float,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, z-loss part and log-sum-exp of each position; then the gradients of the *sum* of the losses.
+    """Loss, z-loss part and log-sum-exp of each position; then gradients of the losses' *sum*.
 
-    Those are dhidden [M, C] in hidden's dtype, dweight [K, C] and dbias [K] in the accumulation dtype; they
-    are empty unless `needs_grad`.
+    Those are dhidden [M, C] in hidden's dtype, dweight [K, C] and dbias [K] in the accumulation
+    dtype; they are empty unless `needs_grad`.
     """
     dtype = accumulation_dtype(hidden.dtype)
-    loss, z_term, lse = (torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(3))
+    loss, z_term, lse = (
+        torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(3)
+    )
     gradients = _empty_gradients(hidden, weight, dtype, needs_grad)
     for part in _chunks(len(hidden)):
         logits = _logits(hidden[part], weight, bias, dtype)
@@ -141,7 +144,7 @@ def linear_backward(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden, dweight and dbias from each position's own upstream gradient; the logits are computed anew."""
+    """dhidden, dweight, dbias from each position's upstream gradient; logits are computed anew."""
     dtype = accumulation_dtype(hidden.dtype)
     gradients = _empty_gradients(hidden, weight, dtype, True)
     for part in _chunks(len(hidden)):

@@ -29,19 +29,23 @@ def nt_xent(
 ) -> Tensor:
     """NT-Xent over 2N views (SimCLR, Chen et al. 2020, arXiv 2002.05709), in nats.
 
-    Of the 2N views each is an anchor: -log( exp(s_{i,π(i)}) / Σ_{k≠i} exp(s_ik) ), s_ik = z_i·z_k / temperature,
-    with π(i) the other view of the same image.
+    Each of the 2N views is an anchor, with the loss -log( exp(s_{i,π(i)}) / Σ_{k≠i} exp(s_ik) ),
+    where s_ik = z_i·z_k / temperature and π(i) is the other view of the same image.
 
     Args:
         z0, z1: [N, D], floating point, one dtype: the two views; row i of both is image i.
-        temperature: a number other than 0, or a tensor of one element, which may require a gradient.
-        normalize: divide each embedding by its length (at least 1e-12, as torch.nn.functional.normalize).
+        temperature: a number other than 0, or a tensor of one element, which may require a
+            gradient.
+        normalize: divide each embedding by its length (at least 1e-12, as
+            torch.nn.functional.normalize).
         reduction: "mean" over the 2N anchors, "sum", or "none": [2N], those of z0 first.
         negatives: [M, D], further negatives of every anchor (a memory bank); they get no gradient.
-        group: None compares within this process. With a process group every rank's views are compared with
-            all; the loss is that of the own anchors, and the gradients are such that averaging the parameters'
-            over the ranks (DDP, FSDP) gives those of the joint batch. Every rank needs the same N.
-        gather: with a group, "all" holds every rank's embeddings at once, "ring" those of two ranks.
+        group: None compares within this process. With a process group every rank's views are
+            compared with all; the loss is that of the own anchors, and the gradients are such that
+            averaging the parameters' over the ranks (DDP, FSDP) gives those of the joint batch.
+            Every rank needs the same N.
+        gather: with a group, "all" holds every rank's embeddings at once, "ring" those of two
+            ranks.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the views' device.
 
     Returns:
@@ -54,7 +58,9 @@ def nt_xent(
     checks.check_floating("z0", z0)
     checks.check_dimensions("z0", z0, 2, "[N, D]")
     if 0 in z0.shape:
-        raise checks.value_error("z0", "[N, D] with at least one image and one feature", checks.shape(z0))
+        raise checks.value_error(
+            "z0", "[N, D] with at least one image and one feature", checks.shape(z0)
+        )
     checks.check_floating("z1", z1)
     checks.check_shape("z1", z1, z0.shape, "of z0")
     checks.check_same_dtype("z1", z1, "z0", z0)
@@ -70,7 +76,9 @@ def nt_xent(
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_choice("gather", gather, ("all", "ring"))
     if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise checks.type_error("group", "None or a torch.distributed process group", type(group).__name__)
+        raise checks.type_error(
+            "group", "None or a torch.distributed process group", type(group).__name__
+        )
     tau = _temperature(temperature, z0)
     backend = choose("nt_xent", backend, z0)
     if group is None or dist.get_world_size(group) == 1:
@@ -91,7 +99,9 @@ def _temperature(temperature: float | Tensor, z0: Tensor) -> tuple[Tensor | None
         return None, float(temperature)
     checks.check_floating("temperature", temperature)
     if temperature.numel() != 1:
-        raise checks.value_error("temperature", "a tensor of one element", checks.shape(temperature))
+        raise checks.value_error(
+            "temperature", "a tensor of one element", checks.shape(temperature)
+        )
     checks.check_same_device("temperature", temperature, "z0", z0)
     return temperature.reshape(()), 0.0
 

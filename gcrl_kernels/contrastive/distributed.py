@@ -1,8 +1,9 @@
 """NT-Xent over the views of every process in a group.
 
-Each process has its own rows and meets everyone's columns: z is gathered (or passed around a ring), then each
-row's log-sum-exp. Column k's own loss pulls at row i with exp(s_ik - lse_k), so lse is all that a process needs
-from the others to have its rows' whole gradient, and no gradient travels back.
+Each process has its own rows and meets everyone's columns: z is gathered (or passed around a ring),
+then each row's log-sum-exp. Column k's own loss pulls at row i with exp(s_ik - lse_k), so lse is
+all that a process needs from the others to have its rows' whole gradient, and no gradient travels
+back.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def anchor_losses(
 ) -> Tensor:
     """Each own anchor's loss against the views of every process, [2N].
 
-    `same_gradient` says that every anchor of every process gets the same upstream gradient, as under a mean or
-    a sum; otherwise those are gathered in backward.
+    `same_gradient` says that every anchor of every process gets the same upstream gradient, as
+    under a mean or a sum; otherwise those are gathered in backward.
 
     Raises:
         ValueError: the processes have embeddings of different shapes.
@@ -56,12 +57,10 @@ class _AnchorLosses(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         tau = (temperature, temperature_value)
-        gathered = None
-        if gather == "all":
-            gathered = _all_gather(z, group)
+        gathered = _all_gather(z, group) if gather == "all" else None
+        blocks = _ring((z,), group)
+        if gathered is not None:
             blocks = iter([(dist.get_rank(group) * len(z), (gathered,))])
-        else:
-            blocks = _ring((z,), group)
         lse = z.new_full((len(z),), -torch.inf)
         for diagonal, (columns,) in blocks:
             lse = lse.logaddexp(ops.block_lse(z, columns, *tau, diagonal, backend))
@@ -106,13 +105,11 @@ def _columns(
     group: dist.ProcessGroup,
     same_gradient: bool,
 ) -> Iterator[tuple[int | None, tuple[Tensor, ...]]]:
-    """The blocks of columns z with their lse and upstream gradients: one gathered, or one a process."""
+    """Blocks of columns z with their lse and upstream gradients: all gathered, or one a process."""
     if gathered is None or gathered_lse is None:
         yield from _ring((z, lse, grad.contiguous()), group)
     else:
-        all_grad = (
-            grad[:1].expand_as(gathered_lse) if same_gradient else _all_gather(grad, group)
-        )
+        all_grad = grad[:1].expand_as(gathered_lse) if same_gradient else _all_gather(grad, group)
         yield dist.get_rank(group) * len(z), (gathered, gathered_lse, all_grad)
 
 
@@ -147,7 +144,5 @@ def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _check_same_shape(z: Tensor, group: dist.ProcessGroup) -> None:
     shapes = _all_gather(torch.tensor([z.shape], device=z.device), group).tolist()
     if any(shape != shapes[0] for shape in shapes):
-        views = ", ".join(
-            f"rank {rank} has [{n // 2}, {d}]" for rank, (n, d) in enumerate(shapes)
-        )
+        views = ", ".join(f"rank {rank} has [{n // 2}, {d}]" for rank, (n, d) in enumerate(shapes))
         raise ValueError(f"z0, z1: expected the same shape [N, D] on every rank, got: {views}")

@@ -1,7 +1,7 @@
 """The operators of NT-Xent: schemas, shapes and gradients.
 
-`nt_xent` is the loss of the views of one process. The block operators are its parts, some rows against some
-columns, from which the loss over several processes is put together.
+`nt_xent` is the loss of the views of one process. The block operators are its parts, some rows
+against some columns, from which the loss over several processes is put together.
 """
 
 from __future__ import annotations

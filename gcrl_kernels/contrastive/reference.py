@@ -1,6 +1,7 @@
 """NT-Xent in plain PyTorch, on any device: the meaning of the kernel, and its fallback.
 
-With the n = 2N views z (normalised), s_ik = z_i·z_k / τ and i's partner π(i) (Chen et al. 2020, arXiv 2002.05709):
+With the n = 2N views z (normalised), s_ik = z_i·z_k / τ and i's partner π(i)
+(Chen et al. 2020, arXiv 2002.05709):
 
     lse_i = log Σ_{k≠i} exp(s_ik)           loss_i = lse_i - s_{i,π(i)}
 
@@ -10,7 +11,8 @@ and backward, from the upstream gradients g_i of the losses:
     dz_i = 1/τ [ Σ_k W_ik z_k - (g_i + g_π(i)) z_π(i) ]
     dv_i = (dz_i - z_i (z_i·dz_i)) / |v_i|                      where z = v / |v|
 
-Everything is built of blocks, some rows against some columns, so that the columns may lie on other processes.
+Everything is built of blocks, some rows against some columns, so that the columns may lie on other
+processes.
 Further negatives are columns that are no rows: they have no second term in W.
 """
 
@@ -47,7 +49,7 @@ def block_gradient(
     temperature_value: float,
     diagonal: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """What these columns add to the gradient of the rows, Σ_k W_ik z_k / τ [n, D], and to that of τ, a scalar."""
+    """What the columns add to the rows' gradient, Σ_k W_ik z_k / τ [n, D], and to that of τ."""
     scores = _scores(rows, columns, temperature, temperature_value)
     weight = row_grad[:, None] * (scores - row_lse[:, None]).exp()
     weight = _without_self(weight, diagonal, 0.0)
@@ -93,7 +95,9 @@ def backward(
     dz, dtemperature = block_gradient(z, lse, grad, z, lse, grad, *tau, 0)
     if negatives is not None:
         columns, _ = _embeddings(negatives, normalize)
-        further, further_dtemperature = block_gradient(z, lse, grad, columns, None, None, *tau, None)
+        further, further_dtemperature = block_gradient(
+            z, lse, grad, columns, None, None, *tau, None
+        )
         dz, dtemperature = dz + further, dtemperature + further_dtemperature
     dz_positive, dtemperature_positive = positive_gradient(z, grad, *tau)
     dz, dtemperature = dz + dz_positive, dtemperature + dtemperature_positive
@@ -117,7 +121,7 @@ def positive_gradient(
     temperature: Tensor | None,
     temperature_value: float,
 ) -> tuple[Tensor, Tensor]:
-    """What the positives, -s_{i,π(i)}, add to the gradients of z [2N, D] and of the temperature, a scalar."""
+    """What the positives, -s_{i,π(i)}, add to the gradient of z [2N, D] and to that of τ."""
     scale = _divisor(temperature, temperature_value, z.dtype)
     dz = -(grad + _partners(grad))[:, None] * _partners(z) / scale
     return dz, (grad * positive_scores(z)).sum() / (scale * scale)

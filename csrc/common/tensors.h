@@ -1,0 +1,37 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+
+namespace gcrl_kernels {
+
+// The operators' callers have cast and laid out their tensors; these checks keep a direct call from
+// reading out of bounds.
+
+inline void check_contiguous(const torch::stable::Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+// The last dimensions of a tensor must be the given ones; -1 stands for any size.
+inline void check_last_sizes(const torch::stable::Tensor& tensor, const char* name,
+                             std::initializer_list<int64_t> expected) {
+  const int64_t leading = tensor.dim() - static_cast<int64_t>(expected.size());
+  STD_TORCH_CHECK(leading >= 0, name, ": expected at least ", expected.size(), " dimensions, got ",
+                  tensor.dim());
+  int64_t dimension = leading;
+  for (const int64_t size : expected) {
+    STD_TORCH_CHECK(size < 0 || tensor.size(dimension) == size, name, ": expected size ", size,
+                    " in dimension ", dimension, ", got ", tensor.size(dimension));
+    ++dimension;
+  }
+}
+
+inline void check_same_device(const torch::stable::Tensor& tensor, const char* name,
+                              const torch::stable::Tensor& other) {
+  STD_TORCH_CHECK(tensor.device() == other.device(), name,
+                  ": expected the device of the other tensors");
+}
+
+}  // namespace gcrl_kernels

@@ -1,0 +1,7 @@
+"""`python -m gcrl` is `gcrl`."""
+
+import sys
+
+from gcrl.cli import main
+
+sys.exit(main())

@@ -1,0 +1,244 @@
+"""The command line: `gcrl train | evaluate | sample | palette`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from gcrl.config import Config, ConfigError
+from gcrl.presets import PRESETS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gcrl.run import Run
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a GCRL and evaluate it; by default on handwritten digits, in minutes on a CPU.
+
+    Every setting starts from the preset, from --config, or with --resume from the run itself.
+    Several processes train together under torchrun: torchrun --nproc-per-node 8 -m gcrl train …
+    """
+
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Folder of the run; by default runs/PRESET."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on from the newest checkpoint in --out."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Start from this configuration, such as RUN/config.json, and not from a preset."""
+
+    def __call__(self) -> None:
+        from gcrl.trainer import train
+
+        train(self.settings, self.out or _default_folder(self.settings.preset), resume=self.resume)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a run anew: likelihood, contrastive loss, linear probe and k-NN."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run."""
+    data: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
+    """Other images to measure it on, as `gcrl train --data` takes them."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Folder for results.json and results.md; by default the run's, and with --data none."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
+
+    def __call__(self) -> None:
+        from gcrl import evaluation
+        from gcrl.data import load_dataset
+
+        run = _load(self.run, self.device)
+        dataset = load_dataset(self.data or run.config.data.data, run.config.model.grid)
+        results = evaluation.evaluate(run, dataset)
+        out = self.out or (None if self.data else self.run)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            evaluation.write_results(out, results)
+        print(evaluation.table(results), end="")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw images from a run, or complete given ones."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run."""
+    count: int = 16
+    """Images to draw, or to complete at most."""
+    seed: int = 0
+    """The same seed draws the same images."""
+    temperature: float = 1.0
+    """Below 1 the likely colours become likelier."""
+    complete: Annotated[str | None, tyro.conf.arg(metavar="IMAGES")] = None
+    """Draw the lower half of these anew: a picture, a folder of pictures, or the test images of
+    what `gcrl train --data` takes. They are shown in pairs: as they are, and completed."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """The picture to write; by default RUN/generated.png or RUN/completed.png."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
+
+    def __call__(self) -> None:
+        import torch
+
+        from gcrl.figures import save_images
+
+        for name, value in (("count", self.count), ("temperature", self.temperature)):
+            if not value > 0:
+                raise ConfigError(f"{name}: expected more than 0, got {value}")
+        run = _load(self.run, self.device)
+        options: dict[str, Any] = {
+            "seed": self.seed,
+            "temperature": self.temperature,
+            "progress": True,
+        }
+        if self.complete is None:
+            images = run.sample(self.count, **options)
+        else:
+            given = _given_images(self.complete, run.config.model.grid)[: self.count]
+            pair = (run.quantize(given), run.complete(given, **options))
+            images = torch.cat(pair, 2)  # [N, H, 2W, 3]
+        name = "generated.png" if self.complete is None else "completed.png"
+        out = self.out or self.run / name
+        out.parent.mkdir(parents=True, exist_ok=True)
+        print(save_images(out, images))
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Fit a palette on the training images of a dataset, for `gcrl train --palette`."""
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """The images, as `gcrl train --data` takes them."""
+    out: Path
+    """The .npy file to write; a picture of the colours is written beside it."""
+    colors: int = 512
+    """How many colours."""
+    grid: tuple[int, int] = (32, 32)
+    """Height and width that the images are brought to first."""
+    seed: int = 0
+    """Seed of the pixels and of k-means."""
+
+    def __call__(self) -> None:
+        from gcrl.data import load_dataset
+        from gcrl.figures import save_images
+        from gcrl.palette import fit, save_palette
+
+        if self.out.suffix != ".npy":
+            raise ConfigError(f"out: expected a file that ends in .npy, got {self.out}")
+        if self.colors < 2 or min(self.grid) < 1:
+            raise ConfigError(
+                "colors, grid: expected at least 2 colours and 1x1 pixels, got "
+                f"{self.colors} and {self.grid[0]}x{self.grid[1]}"
+            )
+        dataset = load_dataset(self.data, self.grid)
+        palette = fit(dataset.train.images, self.colors, self.seed, progress=True)
+        save_palette(self.out, palette)
+        swatches = palette[palette.sum(1).argsort()].round().byte()[:, None, None]  # [K, 1, 1, 3]
+        picture = save_images(self.out.with_suffix(".png"), swatches)
+        print(self.out, picture, sep="\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. Errors that a user can mend are one line."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command = tyro.cli(
+            _commands(words),
+            prog="gcrl",
+            description="Hybrid generative-contrastive representation learning: one axial "
+            "transformer predicts images pixel by pixel and contrasts two views of each.",
+            args=words,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
+        command()
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except (ConfigError, OSError) as error:
+        return _fail(str(error), 2)
+    except Exception as error:
+        if not isinstance(error, _mendable()):
+            raise
+        return _fail(str(error), getattr(error, "exit_code", 2))
+    return 0
+
+
+def _commands(words: list[str]) -> Any:
+    settings = _starting_settings(words[1:]) if words[:1] == ["train"] else PRESETS["digits"]
+    return (
+        Annotated[Train, tyro.conf.subcommand("train", default=Train(settings))]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Sample, tyro.conf.subcommand("sample")]
+        | Annotated[Palette, tyro.conf.subcommand("palette")]
+    )
+
+
+def _starting_settings(words: list[str]) -> Config:
+    """What the flags of `gcrl train` change: a preset, a file, or the run that is resumed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    try:
+        given, _ = parser.parse_known_args(words)
+    except argparse.ArgumentError:
+        return PRESETS["digits"]  # the whole parser says what is wrong
+    if given.preset and given.config:
+        raise ConfigError("preset, config: expected one of them, got both")
+    if given.config:
+        return Config.load(given.config)
+    saved = (given.out or _default_folder(given.preset or "digits")) / "config.json"
+    if given.resume and not given.preset and saved.exists():
+        return Config.load(saved)
+    return PRESETS.get(given.preset or "digits", PRESETS["digits"])
+
+
+def _default_folder(name: str) -> Path:
+    return Path("runs") / name
+
+
+def _load(folder: Path, device: str) -> Run:
+    from gcrl.run import load
+
+    try:
+        return load(folder, device=device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _given_images(source: str, grid: tuple[int, int]) -> np.ndarray:
+    """uint8 [N, H, W, 3]: a picture, all pictures of a folder, or a dataset's test images."""
+    from gcrl.data import folder, load_dataset
+
+    path = Path(source).expanduser()
+    candidates = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for file in candidates if file.suffix.lower() in folder.EXTENSIONS]
+    return folder.read_images(files, grid) if files else load_dataset(source, grid).test.images
+
+
+def _mendable() -> tuple[type[Exception], ...]:
+    """Errors whose message says all; imported only when something was raised."""
+    from gcrl.checkpoint import CheckpointError
+    from gcrl.data import DataError
+    from gcrl.interrupts import Interrupted
+    from gcrl.trainer import Diverged
+    from gcrl_kernels.backends import BackendUnavailableError
+
+    return (DataError, CheckpointError, BackendUnavailableError, Diverged, Interrupted)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"gcrl: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,118 @@
+"""A run's folder before training and after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gcrl import checkpoint
+from gcrl.config import Config, ConfigError
+from gcrl.data import DataError, Dataset, load_dataset
+from gcrl.distributed import Team
+from gcrl.palette import fit, load_palette, save_palette
+
+# What may differ when a run goes on: none of it changes what is computed. (The training images
+# themselves are compared, so that they may have moved.)
+FREE = {
+    "preset", "data", "download",
+    "evaluate", "probe_train", "probe_test", "neighbors", "sample_count",
+    "device", "backend", "compile", "log_every", "checkpoint_every",
+}  # fmt: skip
+
+
+def check_folder(config: Config, folder: Path, team: Team, *, resume: bool) -> None:
+    """See that training can begin in the folder or, with resume, go on in it.
+
+    Raises:
+        ConfigError: it cannot; the message says what can be done.
+    """
+    path = folder / "config.json"
+    if not resume:
+        if path.exists() or checkpoint.latest(folder) is not None:
+            raise ConfigError(
+                f"{folder} holds a run already: go on with --resume, or choose another folder "
+                "with --out"
+            )
+    elif not path.exists():
+        raise ConfigError(f"{folder} holds no run to go on with: start one without --resume")
+    else:
+        before, now = Config.load(path).flat(), config.flat()
+        changes = [
+            f"{name} was {before[name]!r}, now {now[name]!r}"
+            for name in now
+            if name not in FREE and before[name] != now[name]
+        ]
+        if changes:
+            raise ConfigError(
+                f"{folder} cannot go on with another configuration: {'; '.join(changes)}. "
+                "Leave these as they were, or choose another folder with --out"
+            )
+    team.wait()  # before anything is written there
+
+
+def prepare(config: Config, folder: Path, team: Team, *, progress: bool) -> tuple[Dataset, Tensor]:
+    """The images and the palette; leaves config.json and palette.npy in the folder.
+
+    Raises:
+        DataError, ConfigError: the images or the palette cannot be used.
+    """
+    if not team.leads:
+        team.wait()  # the first process downloads and fits
+    dataset = load_dataset(config.data.data, config.model.grid, download=config.data.download)
+    _check_batch(config, dataset, team)
+    path = folder / "palette.npy"
+    if team.leads:
+        palette = None if path.exists() else _make_palette(config, dataset, progress=progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        if palette is not None:
+            save_palette(path, palette)
+        checkpoint.replace_file(folder / "config.json", config.to_json().encode())
+        team.wait()
+    return dataset, _load_palette(path, config)
+
+
+def report(config: Config, folder: Path, dataset: Dataset, *, progress: bool) -> None:
+    """Evaluate the trained run, draw its pictures and print its table."""
+    from gcrl import evaluation, figures, run
+
+    trained = run.load(folder, device=config.runtime.device)
+    results = evaluation.evaluate(trained, dataset, progress=progress)
+    evaluation.write_results(folder, results)
+    figures.draw_curves(folder)
+    figures.draw_samples(trained, dataset)
+    figures.draw_completions(trained, dataset)
+    print(evaluation.table(results), end="")
+
+
+def _check_batch(config: Config, dataset: Dataset, team: Team) -> None:
+    size = config.optim.batch_size * team.size
+    if size > len(dataset.train):
+        processes = f" ({config.optim.batch_size} on each of {team.size} processes)"
+        raise DataError(
+            f"batch_size: expected at most the {len(dataset.train)} training images of "
+            f"{dataset.name}, got {size}{processes if team.size > 1 else ''}"
+        )
+
+
+def _make_palette(config: Config, dataset: Dataset, *, progress: bool) -> Tensor:
+    if config.data.palette is not None:
+        return _load_palette(Path(config.data.palette), config)
+    try:
+        return fit(dataset.train.images, config.model.colors, config.runtime.seed, progress)
+    except ValueError as error:  # fewer pixels than colours
+        raise ConfigError(f"colors: {error}") from error
+
+
+def _load_palette(path: Path, config: Config) -> Tensor:
+    try:
+        palette = torch.as_tensor(load_palette(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"palette: {error}") from error
+    if len(palette) != config.model.colors:
+        raise ConfigError(
+            f"palette: expected {config.model.colors} colours, as --colors says, "
+            f"got {len(palette)} in {path}"
+        )
+    return palette
