@@ -24,13 +24,14 @@ from gcrl.data import DataError
 from gcrl.distributed import Team
 from gcrl.metrics import Recorder
 from gcrl.runfolder import prepare
-from gcrl.trainer import Diverged, Trainer, learning_rate, train
+from gcrl.trainer import Diverged, Trainer, learning_rate, multiplies_bfloat16, train
 
 STEPS = 60
 TINY: dict[str, Any] = {
     "grid": [8, 8], "colors": 8, "width": 8, "heads": 2, "outer_layers": 2, "inner_layers": 1,
     "mlp_ratio": 1, "projection_dim": 4, "weak_shift": 1, "batch_size": 16, "steps": STEPS,
     "warmup_steps": 5, "log_every": 7, "checkpoint_every": 10, "evaluate": False, "device": "cpu",
+    "precision": "float32",
 }  # fmt: skip
 
 
@@ -364,13 +365,22 @@ def test_clipping_and_averages(tmp_path: Path) -> None:
     assert not (saved / "ema.safetensors").exists()
 
 
-def test_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_precision(tmp_path: Path, monkeypatch, has_bfloat16) -> None:
+    monkeypatch.setattr("gcrl.trainer.multiplies_bfloat16", lambda device: has_bfloat16)
     single, auto, half = (
         make(tmp_path, precision=name).backward(0) for name in ("float32", "auto", "bfloat16")
     )
-    assert torch.equal(single, auto)
     assert not torch.equal(single, half)
+    assert torch.equal(auto, half if has_bfloat16 else single)
     assert half.dtype == torch.float32
+
+
+def test_which_devices_multiply_bfloat16() -> None:
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    expected = "avx512_bf16" in flags or "amx_bf16" in flags
+    assert multiplies_bfloat16(torch.device("cpu")) == expected
+    assert not multiplies_bfloat16(torch.device("meta"))
     torch.testing.assert_close(single, half, rtol=0.02, atol=0.02)
 
 

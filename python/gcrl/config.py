@@ -130,7 +130,7 @@ class RuntimeConfig:
     device: str = "auto"
     """'auto' takes a GPU where there is one; or 'cpu', 'cuda', 'cuda:1', 'mps'."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """'auto' trains in bfloat16 autocast on GPUs that are good at it, else in float32."""
+    """'auto' trains in bfloat16 autocast on a GPU or CPU with products of it, else in float32."""
     backend: str | None = None
     """Backend of the kernels: 'reference', 'cpu', 'triton', 'cuda'; by default each one's best."""
     compile: bool = False

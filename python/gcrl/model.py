@@ -95,18 +95,22 @@ class GCRL(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """As GPT-2: normal with deviation 0.02, smaller where a block writes to the residual."""
+        """Normal: of deviation 0.02, in blocks and projection 1/sqrt(inputs).
+
+        What a block writes to the residual is smaller by the square root of how many write there.
+        """
+        for parameter in (self.embed.weight, self.row_position, self.column_position):
+            nn.init.normal_(parameter, std=0.02)
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.row_position, std=0.02)
-        nn.init.normal_(self.column_position, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
         blocks = [*self.outer, *self.inner]
-        for block in blocks:
-            for linear in (block.merge, block.mlp[-1]):
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * len(blocks)))
+        with torch.no_grad():
+            for block in blocks:
+                for linear in (block.merge, block.mlp[-1]):
+                    linear.weight /= math.sqrt(2 * len(blocks))
 
     def position(self) -> Tensor:
         """[H, W, C]"""

@@ -23,7 +23,7 @@ from gcrl.interrupts import Interrupted, Interrupts
 from gcrl.metrics import Recorder, Window
 from gcrl.run import build_model
 from gcrl.runfolder import check_folder, prepare, report
-from gcrl.views import make_views
+from gcrl.views import strong_view, weak_view
 from gcrl_kernels import quantize_colors
 from gcrl_kernels.backends import choose
 
@@ -155,12 +155,12 @@ class Trainer:
         config, team = self.config, self.team
         images = self.images[self.batch(part)]
         torch.manual_seed(derive_seed(config.runtime.seed, "views", self.step, part, team.rank))
-        weak, strong = make_views(images, config.views)
         backend = config.runtime.backend
-        weak_tokens = quantize_colors(weak, self.palette, backend=backend)
+        weak = quantize_colors(weak_view(images, config.views), self.palette, backend=backend)
         if config.objective.beta == 0:
-            return weak_tokens, None
-        return weak_tokens, quantize_colors(strong, self.palette, backend=backend)
+            return weak, None
+        strong = strong_view(images, config.views)
+        return weak, quantize_colors(strong, self.palette, backend=backend)
 
     def batch(self, part: int) -> Tensor:
         """The images of this process's next batch, [B]: an epoch's order is the seed's alone."""
@@ -176,13 +176,10 @@ class Trainer:
         return self.order[(number * team.size + team.rank) * size :][:size]
 
     def autocast(self) -> AbstractContextManager[object]:
-        device = self.team.device.type
-        enabled = self.config.runtime.precision == "bfloat16" or (
-            self.config.runtime.precision == "auto"
-            and device == "cuda"
-            and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
-        return torch.autocast(device, torch.bfloat16) if enabled else nullcontext()
+        device, precision = self.team.device, self.config.runtime.precision
+        if precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(device)):
+            return torch.autocast(device.type, torch.bfloat16)
+        return nullcontext()
 
     def record(self, recorder: Recorder | None, bar: tqdm, steps_per_second: float) -> None:
         """Record the means since the last record and begin anew."""
@@ -311,6 +308,16 @@ def backward(
         loss = objective.alpha * losses.generative + objective.beta * losses.contrastive
         (loss * share).backward()
     return torch.stack((losses.generative, losses.contrastive, loss)).detach()
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bfloat16, so that they are the faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:

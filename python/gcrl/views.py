@@ -20,18 +20,40 @@ def make_views(images: torch.Tensor, config: ViewsConfig) -> tuple[torch.Tensor,
 
     images uint8 [B, H, W, 3]. Returns (weak uint8, strong float32), both [B, H, W, 3] in 0..255 on
     the images' device. Raises ValueError for other images, and as `validate` does.
-
-    The weak view is shifted by whole pixels and never resampled, so that its pixels keep the
-    density that test images are scored under. The strong view is SimCLR's (Chen et al. 2020,
-    appendix A). Every image has its own draws; the order of the jitter's four steps alone is the
-    batch's.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(
-            f"images: expected uint8 [B, H, W, 3], got {images.dtype} {[*images.shape]}"
-        )
-    augment = _strong_augmentation(config, (images.shape[1], images.shape[2]))
-    return _weak_view(images, config), _strong_view(images, augment)
+    return weak_view(images, config), strong_view(images, config)
+
+
+def weak_view(images: torch.Tensor, config: ViewsConfig) -> torch.Tensor:
+    """Shift each image by whole pixels (reflected at the border) and perhaps flip it: one gather.
+
+    Takes and returns uint8 [B, H, W, 3]. Never resampled, so that its pixels keep the density that
+    test images are scored under.
+    """
+    _check(images, config)
+    count, height, width, _ = images.shape
+    device = images.device
+    reach = config.weak_shift
+    shift = torch.randint(-reach, reach + 1, (2, count, 1), device=device)
+    rows = _reflect(torch.arange(height, device=device) + shift[0], height)  # [B, H]
+    columns = _reflect(torch.arange(width, device=device) + shift[1], width)  # [B, W]
+    if config.flip:
+        flipped = torch.rand(count, 1, device=device) < 0.5
+        columns = torch.where(flipped, columns.flip(1), columns)
+    batch = torch.arange(count, device=device)
+    return images[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def strong_view(images: torch.Tensor, config: ViewsConfig) -> torch.Tensor:
+    """SimCLR's augmentation (Chen et al. 2020, appendix A) of images uint8 [B, H, W, 3].
+
+    Returns float32 [B, H, W, 3] in 0..255. Every image has its own draws; the order of the jitter's
+    four steps alone is the batch's.
+    """
+    grid = _check(images, config)
+    augment = _strong_augmentation(config, grid)
+    scaled = images.permute(0, 3, 1, 2).float() / 255  # [B, 3, H, W]
+    return (augment(scaled) * 255).clamp(0, 255).permute(0, 2, 3, 1).contiguous()
 
 
 def validate(config: ViewsConfig, grid: tuple[int, int]) -> None:
@@ -73,19 +95,15 @@ def validate(config: ViewsConfig, grid: tuple[int, int]) -> None:
         )
 
 
-def _weak_view(images: torch.Tensor, config: ViewsConfig) -> torch.Tensor:
-    """Reflect-pad, crop at a whole-pixel offset and perhaps flip, as one gather."""
-    count, height, width, _ = images.shape
-    device = images.device
-    reach = config.weak_shift
-    shift = torch.randint(-reach, reach + 1, (2, count, 1), device=device)
-    rows = _reflect(torch.arange(height, device=device) + shift[0], height)  # [B, H]
-    columns = _reflect(torch.arange(width, device=device) + shift[1], width)  # [B, W]
-    if config.flip:
-        flipped = torch.rand(count, 1, device=device) < 0.5
-        columns = torch.where(flipped, columns.flip(1), columns)
-    batch = torch.arange(count, device=device)
-    return images[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+def _check(images: torch.Tensor, config: ViewsConfig) -> tuple[int, int]:
+    """The grid of the images, on which the settings have a meaning."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(
+            f"images: expected uint8 [B, H, W, 3], got {images.dtype} {[*images.shape]}"
+        )
+    grid = (images.shape[1], images.shape[2])
+    validate(config, grid)
+    return grid
 
 
 def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
@@ -94,14 +112,8 @@ def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
     return last - (last - index.abs()).abs()
 
 
-def _strong_view(images: torch.Tensor, augment: nn.Module) -> torch.Tensor:
-    scaled = images.permute(0, 3, 1, 2).float() / 255  # [B, 3, H, W]
-    return (augment(scaled) * 255).clamp(0, 255).permute(0, 2, 3, 1).contiguous()
-
-
 @lru_cache(maxsize=8)
 def _strong_augmentation(config: ViewsConfig, grid: tuple[int, int]) -> nn.Module:
-    validate(config, grid)
     height, width = grid
     steps: list[nn.Module] = []
     if config.crop_scale != (1.0, 1.0):

@@ -10,15 +10,15 @@ from gcrl.data.resize import fit_to_grid
 
 CANVAS = 16  # side of the square that an 8x8 digit is placed on
 SEED = 0
-CONTRAST = 128.0  # least Euclidean distance of the two colours, in 0..255 units
+DARKEST_THIRD = 1.0  # of 0..255, where the backgrounds' channels lie
 
 
 def load(grid: tuple[int, int]) -> Dataset:
     """The 1,797 real digits: 1,438 to train on and 359 to test with, the same on every call.
 
-    Each has its own foreground and background colour, its strokes' intensity blends between them,
-    and it lies at its own place on a 16x16 canvas. Colour and place say nothing of the class, so
-    pixels compared as they are say little.
+    Each has its own bright foreground and dark background colour, its strokes' intensity blends
+    between them, and it lies at its own place on a 16x16 canvas. Colour and place say nothing of
+    the class, so pixels compared as they are say little.
     """
     digits = load_digits()
     rng = np.random.default_rng(SEED)
@@ -40,10 +40,7 @@ def _paint(strokes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _colour_pairs(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours an image, drawn again until they differ clearly."""
-    pairs = rng.uniform(0, 255, size=(count, 2, 1, 1, 3))
-    while True:
-        alike = np.linalg.norm(pairs[:, 0] - pairs[:, 1], axis=-1).reshape(count) < CONTRAST
-        if not alike.any():
-            return pairs[:, 0], pairs[:, 1]
-        pairs[alike] = rng.uniform(0, 255, size=(int(alike.sum()), 2, 1, 1, 3))
+    """A bright and a dark colour an image, float [N, 1, 1, 3]."""
+    bright = rng.uniform(0, 255, size=(count, 1, 1, 3))
+    bright *= 255 / bright.max(-1, keepdims=True)
+    return bright, rng.uniform(0, DARKEST_THIRD, size=(count, 1, 1, 3))
