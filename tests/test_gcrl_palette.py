@@ -38,6 +38,12 @@ def test_small_integers_are_not_rescaled(tmp_path: Path) -> None:
     assert palettes.load_palette(tmp_path / "palette.npy").tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
+def test_a_palette_that_was_saved_is_not_rescaled(tmp_path: Path) -> None:
+    dark = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.5, 0.25]])
+    palettes.save_palette(tmp_path / "palette.npy", dark)
+    assert torch.equal(palettes.load_palette(tmp_path / "palette.npy", rescale=False), dark)
+
+
 def test_the_palette_of_igpt() -> None:
     if not REAL.exists():
         pytest.skip("needs ../shared/data/openai_palette_512.npy")

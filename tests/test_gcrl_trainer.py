@@ -374,6 +374,7 @@ def test_precision(tmp_path: Path, monkeypatch, has_bfloat16) -> None:
     assert not torch.equal(single, half)
     assert torch.equal(auto, half if has_bfloat16 else single)
     assert half.dtype == torch.float32
+    torch.testing.assert_close(single, half, rtol=0.02, atol=0.02)
 
 
 def test_which_devices_multiply_bfloat16() -> None:
@@ -381,7 +382,6 @@ def test_which_devices_multiply_bfloat16() -> None:
     expected = "avx512_bf16" in flags or "amx_bf16" in flags
     assert multiplies_bfloat16(torch.device("cpu")) == expected
     assert not multiplies_bfloat16(torch.device("meta"))
-    torch.testing.assert_close(single, half, rtol=0.02, atol=0.02)
 
 
 def test_compiled_training_computes_the_same(

@@ -233,10 +233,12 @@ def _mendable() -> tuple[type[Exception], ...]:
     from gcrl.checkpoint import CheckpointError
     from gcrl.data import DataError
     from gcrl.interrupts import Interrupted
+    from gcrl.probes import NotFiniteError
     from gcrl.trainer import Diverged
     from gcrl_kernels.backends import BackendUnavailableError
 
-    return (DataError, CheckpointError, BackendUnavailableError, Diverged, Interrupted)
+    mendable = (DataError, CheckpointError, BackendUnavailableError)
+    return (*mendable, NotFiniteError, Diverged, Interrupted)
 
 
 def _fail(message: str, code: int) -> int:

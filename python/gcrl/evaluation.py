@@ -15,7 +15,7 @@ from torch import Tensor
 from gcrl.checkpoint import replace_file
 from gcrl.data import Dataset, ImageSet
 from gcrl.palette import to_tokens
-from gcrl.probes import linear_probe, nearest_neighbors
+from gcrl.probes import NotFiniteError, linear_probe, nearest_neighbors
 from gcrl.run import Run
 from gcrl.views import make_views
 from gcrl_kernels import nt_xent
@@ -30,7 +30,7 @@ def evaluate(run: Run, dataset: Dataset, *, progress: bool = True) -> dict[str, 
     k-NN on the same ones, from at most evaluation.probe_train labelled training images. The run's
     seed chooses both, the same for encoding, untrained network and raw pixels. Where something
     cannot be measured, as accuracy without labels, it is left out and "notes" says why.
-    Raises ValueError where the network's outputs are not finite.
+    Raises NotFiniteError where the network's outputs are not finite.
     """
     settings, seed = run.config.evaluation, run.config.runtime.seed
     test = _subset(dataset.test, settings.probe_test, seed)
@@ -193,7 +193,9 @@ def _measures(results: dict[str, Any]) -> Iterator[tuple[str | float, ...]]:
 
 def _finite(name: str, value: float) -> float:
     if not math.isfinite(value):
-        raise ValueError(f"the run's {name} on test images is {value}: has its training diverged?")
+        raise NotFiniteError(
+            f"the run's {name} on test images is {value}: has its training diverged?"
+        )
     return value
 
 

@@ -13,11 +13,12 @@ from gcrl_kernels import fit_palette, quantize_colors
 FIT_PIXELS = 1 << 20  # pixels that a palette is fitted on, at most
 
 
-def load_palette(path: str | Path) -> torch.Tensor:
+def load_palette(path: str | Path, *, rescale: bool = True) -> torch.Tensor:
     """Read a palette, numbers [K, 3] in an .npy file, as float32 [K, 3] in 0..255.
 
     The units are told by the range: floats below 0 mean [-1, 1] (OpenAI's palette of iGPT), floats
-    up to 1 mean [0, 1], all else 0..255. Raises ValueError, naming the file, if it is no palette.
+    up to 1 mean [0, 1], all else 0..255. Without `rescale` they are 0..255, as `save_palette`
+    writes them. Raises ValueError, naming the file, if it is no palette.
     """
     path = Path(path)
     try:
@@ -33,7 +34,8 @@ def load_palette(path: str | Path) -> torch.Tensor:
         )
     if not np.isfinite(colors).all():
         raise ValueError(f"{path}: expected finite numbers, got NaN or infinity")
-    return torch.from_numpy(_to_bytes_range(colors, path).astype(np.float32))
+    scaled = _to_bytes_range(colors, path) if rescale else colors
+    return torch.from_numpy(scaled.astype(np.float32))
 
 
 def _to_bytes_range(colors: np.ndarray, path: Path) -> np.ndarray:

@@ -20,7 +20,7 @@ CIFAR10_SMALL = Config(  # a CPU with two cores, about 20 minutes
     data=DataConfig(data=""),
     model=ModelConfig(grid=(16, 16), colors=512, width=96, heads=6, outer_layers=4, inner_layers=2),
     views=ViewsConfig(weak_shift=2, flip=True, crop_scale=(0.2, 1.0), color_jitter=0.5),
-    optim=OptimConfig(batch_size=128, steps=560, learning_rate=2e-3, warmup_steps=50, ema=0.98),
+    optim=OptimConfig(batch_size=128, steps=760, learning_rate=2e-3, warmup_steps=50, ema=0.98),
     evaluation=EvaluationConfig(probe_train=5000, probe_test=2000),
 )
 

@@ -17,6 +17,10 @@ from torchmetrics.functional.classification import binary_calibration_error
 STRENGTHS = (1.0, 0.1, 0.01, 0.001, 0.0001)  # C of the probe; the first wins a tie
 
 
+class NotFiniteError(ValueError):
+    """A network whose outputs are NaN or infinite; the message says which."""
+
+
 class Probe(NamedTuple):
     """A linear probe's accuracy and expected calibration error, and the strength C it chose."""
 
@@ -37,7 +41,7 @@ def linear_probe(
 
     train, test: [N, D] and [M, D]; labels: integers [N] and [M]. The strength C is the one that
     does best on a fifth of the training features, held out; the test features have no say in it.
-    Raises ValueError for features that are not finite.
+    Raises NotFiniteError for features that are not finite.
     """
     _check_finite(train, test)
     strength = _choose_strength(train, train_labels, seed)
@@ -57,8 +61,8 @@ def nearest_neighbors(
 ) -> float:
     """Accuracy of the majority among the nearest training features, by cosine once standardised.
 
-    Shapes as in linear_probe. Raises ValueError for features that are not finite and where there
-    are fewer training features than neighbours.
+    Shapes as in linear_probe. Raises NotFiniteError for features that are not finite, ValueError
+    where there are fewer training features than neighbours.
     """
     _check_finite(train, test)
     if not 1 <= neighbors <= len(train):
@@ -109,4 +113,4 @@ def _check_finite(*features: np.ndarray) -> None:
     for part in features:
         bad = int((~np.isfinite(part).all(axis=1)).sum())
         if bad:
-            raise ValueError(f"features: {bad} of {len(part)} images have NaN or infinite ones")
+            raise NotFiniteError(f"features: {bad} of {len(part)} images have NaN or infinite ones")

@@ -196,7 +196,7 @@ def load(folder: str | Path, *, device: str = "auto", ema: bool = True) -> Run:
     if saved is None:
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
     config = Config.load(folder / "config.json")
-    palette = load_palette(folder / "palette.npy")
+    palette = load_palette(folder / "palette.npy", rescale=False)
     if len(palette) != config.model.colors:
         raise ValueError(
             f"{folder}: palette.npy has {len(palette)} colours, "

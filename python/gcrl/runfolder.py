@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from gcrl import checkpoint
@@ -70,7 +69,7 @@ def prepare(config: Config, folder: Path, team: Team, *, progress: bool) -> tupl
             save_palette(path, palette)
         checkpoint.replace_file(folder / "config.json", config.to_json().encode())
         team.wait()
-    return dataset, _load_palette(path, config)
+    return dataset, _load_palette(path, config, rescale=False)
 
 
 def report(config: Config, folder: Path, dataset: Dataset, *, progress: bool) -> None:
@@ -98,16 +97,16 @@ def _check_batch(config: Config, dataset: Dataset, team: Team) -> None:
 
 def _make_palette(config: Config, dataset: Dataset, *, progress: bool) -> Tensor:
     if config.data.palette is not None:
-        return _load_palette(Path(config.data.palette), config)
+        return _load_palette(Path(config.data.palette), config, rescale=True)
     try:
         return fit(dataset.train.images, config.model.colors, config.runtime.seed, progress)
     except ValueError as error:  # fewer pixels than colours
         raise ConfigError(f"colors: {error}") from error
 
 
-def _load_palette(path: Path, config: Config) -> Tensor:
+def _load_palette(path: Path, config: Config, *, rescale: bool) -> Tensor:
     try:
-        palette = torch.as_tensor(load_palette(path))
+        palette = load_palette(path, rescale=rescale)
     except (OSError, ValueError) as error:
         raise ConfigError(f"palette: {error}") from error
     if len(palette) != config.model.colors:
