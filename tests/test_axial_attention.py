@@ -175,6 +175,8 @@ def test_gradcheck() -> None:
         return axial_attention(q, k, v, 1, bias=bias, mask=mask, backend="reference")
 
     torch.autograd.gradcheck(function, (q, k, v, bias))
+    qkv = torch.stack([q, k, v], -3).detach().requires_grad_()
+    torch.autograd.gradcheck(lambda qkv: axial_attention_packed(qkv, 0, causal=True), qkv)
 
 
 def test_a_second_derivative_raises() -> None:
