@@ -1,6 +1,6 @@
 """How fast the nearest palette colour is found, beside FAISS and torch.cdist on the same inputs.
 
-    pytest benchmarks/bench_color_cross_entropy.py
+    pytest benchmarks/bench_color_cross_entropy.py --benchmark-json benchmarks/results/NAME.json
 
 prints, for each kind of pixels, the median time of every contender and how many times as long as
 ours it takes. The contenders take turns within one run, and each is checked before it is timed.

@@ -88,18 +88,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, counted, shape = _targets(pixels, palette), _flat_mask(mask), logits.shape[:-1]
     loss, z_term, lse = reference.forward(
-        logits.flatten(0, -2) if logits.dim() > 1 else logits[None],
+        logits.reshape(-1, logits.shape[-1]),
         tokens,
         counted,
         label_smoothing,
         z_loss,
     )
-    return (
-        _reduce(loss, counted, reduction, shape),
-        _reduce(z_term, counted, reduction, shape),
-        lse,
-        tokens,
-    )
+    loss, z_term = (_reduce(values, counted, reduction, shape) for values in (loss, z_term))
+    return loss, z_term, lse, tokens
 
 
 def _backward(
@@ -149,13 +145,8 @@ def _linear_forward(
         z_loss,
         needs_sum_grad,
     )
-    return (
-        _reduce(loss, counted, reduction, shape),
-        _reduce(z_term, counted, reduction, shape),
-        lse,
-        tokens,
-        *gradients,
-    )
+    loss, z_term = (_reduce(values, counted, reduction, shape) for values in (loss, z_term))
+    return loss, z_term, lse, tokens, *gradients
 
 
 def _linear_backward(

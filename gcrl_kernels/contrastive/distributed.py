@@ -18,37 +18,19 @@ from torch import Tensor
 from gcrl_kernels.contrastive import ops, reference
 
 
-@torch.compiler.disable
-def anchor_losses(
-    z: Tensor,  # [2N, D], normalised where that is asked for, in the accumulation dtype
-    negatives: Tensor | None,  # [M, D], likewise
-    temperature: Tensor | None,
-    temperature_value: float,
-    group: dist.ProcessGroup,
-    gather: str,
-    same_gradient: bool,
-    backend: str,
-) -> Tensor:
+class _AnchorLosses(torch.autograd.Function):
     """Each own anchor's loss against the views of every process, [2N].
 
     `same_gradient` says that every anchor of every process gets the same upstream gradient, as
-    under a mean or a sum; otherwise those are gathered in backward.
-
-    Raises:
-        ValueError: the processes have embeddings of different shapes.
+    under a mean or a sum; otherwise those are gathered in backward. Raises ValueError where the
+    processes have embeddings of different shapes.
     """
-    _check_same_shape(z, group)
-    return _AnchorLosses.apply(
-        z, negatives, temperature, temperature_value, group, gather, same_gradient, backend
-    )
 
-
-class _AnchorLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        z: Tensor,
-        negatives: Tensor | None,
+        z: Tensor,  # [2N, D], normalised where that is asked for, in the accumulation dtype
+        negatives: Tensor | None,  # [M, D], likewise
         temperature: Tensor | None,
         temperature_value: float,
         group: dist.ProcessGroup,
@@ -56,6 +38,7 @@ class _AnchorLosses(torch.autograd.Function):
         same_gradient: bool,
         backend: str,
     ) -> Tensor:
+        _check_same_shape(z, group)
         tau = (temperature, temperature_value)
         gathered = _all_gather(z, group) if gather == "all" else None
         blocks = _ring((z,), group)
@@ -94,6 +77,9 @@ class _AnchorLosses(torch.autograd.Function):
         if temperature is not None:
             dtemperature = dtemperature.to(temperature.dtype)
         return dz, None, dtemperature if ctx.needs_input_grad[2] else None, *[None] * 5
+
+
+anchor_losses = torch.compiler.disable(_AnchorLosses.apply)
 
 
 def _columns(

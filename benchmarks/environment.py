@@ -1,0 +1,70 @@
+"""Where a result comes from: machine, versions, commit; and a run's results with that beside.
+
+    python -m benchmarks.environment RUN NAME
+
+writes benchmarks/results/NAME.json: the run's results.json, config.json and metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "numpy", "kornia", "scikit-learn", "faiss-cpu")
+
+
+def environment() -> dict[str, Any]:
+    """Of this process; names no host."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.processor())
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu},
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "commit": _git("rev-parse", "HEAD"),
+        "clean": not _git("status", "--porcelain"),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def main(folder: Path, name: str) -> Path:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    content = {
+        **environment(),
+        "results": json.loads((folder / "results.json").read_text()),
+        "config": json.loads((folder / "config.json").read_text()),
+        "metrics": records,
+    }
+    del content["config"]["data"]  # where the images lay
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    print(main(Path(sys.argv[1]), sys.argv[2]))
