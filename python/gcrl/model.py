@@ -95,12 +95,17 @@ class GCRL(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal: of deviation 0.02, in blocks and projection 1/sqrt(inputs).
+        """Positions begin as sinusoids, by which a neighbour can be found from the first step.
 
-        What a block writes to the residual is smaller by the square root of how many write there.
+        Weights are normal of deviation 1/sqrt(inputs), smaller by the square root of how many write
+        to the residual where a block does.
         """
-        for parameter in (self.embed.weight, self.row_position, self.column_position):
-            nn.init.normal_(parameter, std=0.02)
+        height, columns = self.config.grid
+        half = self.config.width // 2
+        with torch.no_grad():
+            self.embed.weight.normal_(std=0.5)
+            self.row_position.zero_()[:, 0, :half] = _sinusoids(height, half)
+            self.column_position.zero_()[:, half:] = _sinusoids(columns, self.config.width - half)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -211,6 +216,16 @@ class GCRL(nn.Module):
         for block in self.inner:
             t = block(t)
         return self.inner_norm(t)
+
+
+def _sinusoids(length: int, features: int) -> Tensor:
+    """[length, features]: a sine and a cosine of each frequency, as in Vaswani et al. 2017.
+
+    The periods go from 4 positions to 4 lengths; the amplitude is the embedding's deviation.
+    """
+    frequencies = 0.5 * math.pi * length ** -torch.linspace(0, 1, (features + 1) // 2)
+    angles = torch.arange(length)[:, None] * frequencies
+    return 0.5 * torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :features]
 
 
 def _all_but_first(tokens: Tensor) -> Tensor:

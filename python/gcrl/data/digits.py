@@ -10,7 +10,7 @@ from gcrl.data.resize import fit_to_grid
 
 CANVAS = 16  # side of the square that an 8x8 digit is placed on
 SEED = 0
-DARKEST_THIRD = 1.0  # of 0..255, where the backgrounds' channels lie
+BRIGHT, DARK = (128.0, 255.0), (0.0, 64.0)  # the channels of foreground and background
 
 
 def load(grid: tuple[int, int]) -> Dataset:
@@ -41,6 +41,5 @@ def _paint(strokes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _colour_pairs(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A bright and a dark colour an image, float [N, 1, 1, 3]."""
-    bright = rng.uniform(0, 255, size=(count, 1, 1, 3))
-    bright *= 255 / bright.max(-1, keepdims=True)
-    return bright, rng.uniform(0, DARKEST_THIRD, size=(count, 1, 1, 3))
+    shape = (count, 1, 1, 3)
+    return rng.uniform(*BRIGHT, size=shape), rng.uniform(*DARK, size=shape)
