@@ -174,12 +174,27 @@ def test_initial_weights_follow_the_seed_and_the_depth():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     block = models[0].inner[1]
-    assert block.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    for residual in (block.merge, block.mlp[-1]):
-        assert residual.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert block.qkv.weight.std().item() == pytest.approx(64**-0.5, rel=0.05)
+    for residual in (block.merge, block.mlp[-1]):  # 8 blocks write to the residual twice
+        expected = residual.in_features**-0.5 / 4
+        assert residual.weight.std().item() == pytest.approx(expected, rel=0.05)
     tokens = draw_tokens(8, (4, 4), 64)
     nats = models[0](tokens, None, ObjectiveConfig(beta=0.0)).generative
     assert nats.item() == pytest.approx(math.log(64), abs=0.1)
+
+
+@pytest.mark.parametrize("width", [64, 63])
+def test_initial_positions_tell_places_apart_and_distances_alike(width):
+    torch.manual_seed(0)
+    config = ModelConfig(grid=(6, 9), width=width, heads=1, outer_layers=2, inner_layers=1)
+    position = GCRL(config).position().detach()  # [6, 9, C]
+    flat = position.flatten(0, 1)
+    assert torch.cdist(flat, flat).fill_diagonal_(1).min() > 0.1
+    if width == 64:  # the product of two places is a function of how far they are apart
+        products = torch.einsum("rci,rdi->rcd", position, position)
+        for distance in range(9):
+            diagonal = products.diagonal(distance, 1, 2)
+            torch.testing.assert_close(diagonal, diagonal[:1, :1].expand_as(diagonal))
 
 
 def test_dtypes_in_float32_and_under_autocast():
