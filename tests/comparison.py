@@ -42,9 +42,8 @@ def assert_as_accurate(
 ) -> None:
     """Output and gradients: error against float64 at most twice plain PyTorch's, and a rounding.
 
-    The rounding is of the largest value among all of them, or of `scale`, the size of what the
-    results are
-    differences of: those may cancel.
+    The rounding is of the largest value among all of them, or of `scale`: the size of what the
+    results are sums of, where that may cancel.
     """
     inputs = [tensor.to(dtype) for tensor in inputs]
     exact = values_and_gradients(plain, inputs, torch.float64)

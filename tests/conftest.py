@@ -7,12 +7,17 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers are the threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+
+
+settings.register_profile("repeatable", derandomize=True)  # the same examples on every run
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ def test_any_shape_bias_and_mask(
         return plain(*tensors, axis=axis, **options)
 
     # dq and dk are sums of terms of this size, which cancel where a row is short.
-    assert_as_accurate(ours, apart, inputs, torch.float32, scale=4.0)
+    assert_as_accurate(ours, apart, inputs, torch.float32, scale=20.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
