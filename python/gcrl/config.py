@@ -35,15 +35,15 @@ class ModelConfig:
 
     grid: tuple[int, int] = (16, 16)
     """Height and width in pixels; images are averaged or resized to it."""
-    colors: int = 64
+    colors: int = 16
     """Colours of the palette, which are the classes that a pixel is predicted among."""
     width: int = 96
     """Features per pixel."""
     heads: int = 6
     """Attention heads; they divide the width."""
-    outer_layers: int = 4
+    outer_layers: int = 2
     """Encoder blocks, alternately along rows and down columns; an even number."""
-    inner_layers: int = 2
+    inner_layers: int = 1
     """Decoder blocks, along rows."""
     mlp_ratio: int = 4
     """Hidden features of a block's MLP, in multiples of the width."""
@@ -55,15 +55,15 @@ class ModelConfig:
 class ViewsConfig:
     """The two views of an image: a weak one, that is predicted too, and a strong one."""
 
-    weak_shift: int = 2
+    weak_shift: int = 3
     """Largest shift of the weak view in whole pixels (reflect-pad and crop)."""
     flip: bool = False
     """Mirror half of the images, in both views."""
-    crop_scale: tuple[float, float] = (0.3, 1.0)
+    crop_scale: tuple[float, float] = (0.4, 1.0)
     """Share of the area that the strong view's random resized crop keeps, from and to."""
     color_jitter: float = 0.5
     """Strength s of the strong view's jitter: brightness, contrast, saturation 0.8s, hue 0.2s."""
-    grayscale: float = 0.2
+    grayscale: float = 0.8
     """Probability that the strong view is grey."""
     blur: float = 0.0
     """Probability that the strong view is blurred."""
@@ -77,7 +77,7 @@ class ObjectiveConfig:
     """Weight of the generative loss, the weak view's nats per pixel. 0 leaves the decoder out."""
     beta: float = 1.0
     """Weight of the contrastive loss over both views. 0 leaves the strong view out."""
-    temperature: float = 0.5
+    temperature: float = 0.2
     """Temperature of NT-Xent."""
     score_first_pixel: bool = True
     """Count the first pixel's log-probability in training too; the paper's loss leaves it out."""
@@ -87,7 +87,7 @@ class ObjectiveConfig:
 class OptimConfig:
     """AdamW with warm-up, cosine decay, clipping and an average of the weights."""
 
-    batch_size: int = 128
+    batch_size: int = 64
     """Images in a batch, on each process; with accumulation, in each part of a step."""
     accumulate: int = 1
     """Batches whose gradients make one step. NT-Xent compares within each batch."""
@@ -95,7 +95,7 @@ class OptimConfig:
     """Optimiser steps of the run."""
     learning_rate: float = 2e-3
     """Peak learning rate."""
-    warmup_steps: int = 50
+    warmup_steps: int = 40
     """Steps of linear warm-up."""
     weight_decay: float = 0.05
     """AdamW's weight decay, on matrices alone."""

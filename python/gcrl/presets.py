@@ -8,6 +8,7 @@ from gcrl.config import (
     DataConfig,
     EvaluationConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     RuntimeConfig,
     ViewsConfig,
@@ -19,7 +20,10 @@ CIFAR10_SMALL = Config(  # a CPU with two cores, about 20 minutes
     preset="cifar10-small",
     data=DataConfig(data=""),
     model=ModelConfig(grid=(16, 16), colors=512, width=96, heads=6, outer_layers=4, inner_layers=2),
-    views=ViewsConfig(weak_shift=2, flip=True, crop_scale=(0.2, 1.0), color_jitter=0.5),
+    views=ViewsConfig(
+        weak_shift=2, flip=True, crop_scale=(0.2, 1.0), color_jitter=0.5, grayscale=0.2
+    ),
+    objective=ObjectiveConfig(temperature=0.5),
     optim=OptimConfig(batch_size=128, steps=760, learning_rate=2e-3, warmup_steps=50, ema=0.98),
     evaluation=EvaluationConfig(probe_train=5000, probe_test=2000),
 )
@@ -30,7 +34,10 @@ CIFAR10 = Config(  # one GPU
     model=ModelConfig(
         grid=(32, 32), colors=512, width=512, heads=8, outer_layers=8, inner_layers=4
     ),
-    views=ViewsConfig(weak_shift=4, flip=True, crop_scale=(0.2, 1.0), color_jitter=0.5),
+    views=ViewsConfig(
+        weak_shift=4, flip=True, crop_scale=(0.2, 1.0), color_jitter=0.5, grayscale=0.2
+    ),
+    objective=ObjectiveConfig(temperature=0.5),
     optim=OptimConfig(
         batch_size=256, steps=40_000, learning_rate=5e-4, warmup_steps=2000, ema=0.9995
     ),

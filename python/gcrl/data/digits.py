@@ -10,7 +10,7 @@ from gcrl.data.resize import fit_to_grid
 
 CANVAS = 16  # side of the square that an 8x8 digit is placed on
 SEED = 0
-BRIGHT, DARK = (128.0, 255.0), (0.0, 64.0)  # the channels of foreground and background
+BRIGHT, DARK = (128.0, 255.0), (0.0, 1.0)  # the channels of foreground and background
 
 
 def load(grid: tuple[int, int]) -> Dataset:
