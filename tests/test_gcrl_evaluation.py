@@ -167,7 +167,7 @@ def test_the_contrastive_loss_is_that_of_batches_of_views(run: Run, count: int, 
             views = make_views(batch, run.config.views)
             tokens = torch.cat([to_tokens(view, run.palette) for view in views])
             z = run.model.project(run.model.features(tokens))
-            s = torch.cosine_similarity(z[:, None], z[None], dim=-1) / 0.5
+            s = torch.cosine_similarity(z[:, None], z[None], dim=-1) / 0.2  # the temperature
             s.fill_diagonal_(-torch.inf)
             partner = torch.arange(2 * pairs).roll(pairs)
             losses.append(torch.nn.functional.cross_entropy(s, partner).item())

@@ -165,7 +165,7 @@ def test_contrastive_gradient_alone_reaches_no_decoder_and_generative_no_project
 
 
 def test_initial_weights_follow_the_seed_and_the_depth():
-    config = ModelConfig(grid=(4, 4), width=64, heads=4, outer_layers=6, inner_layers=2)
+    config = ModelConfig(grid=(4, 4), colors=64, width=64, heads=4, outer_layers=6, inner_layers=2)
     models = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
