@@ -16,9 +16,9 @@ BRIGHT, DARK = (128.0, 255.0), (0.0, 1.0)  # the channels of foreground and back
 def load(grid: tuple[int, int]) -> Dataset:
     """The 1,797 real digits: 1,438 to train on and 359 to test with, the same on every call.
 
-    Each has its own bright foreground and dark background colour, its strokes' intensity blends
-    between them, and it lies at its own place on a 16x16 canvas. Colour and place say nothing of
-    the class, so pixels compared as they are say little.
+    Each has its own bright colour on a nearly black one, its strokes' intensity blends between
+    them, and it lies at its own place on a 16x16 canvas. Colour and place say nothing of the
+    class, so pixels compared as they are say little.
     """
     digits = load_digits()
     rng = np.random.default_rng(SEED)
@@ -40,6 +40,6 @@ def _paint(strokes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _colour_pairs(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A bright and a dark colour an image, float [N, 1, 1, 3]."""
+    """A bright and a nearly black colour an image, float [N, 1, 1, 3]."""
     shape = (count, 1, 1, 3)
     return rng.uniform(*BRIGHT, size=shape), rng.uniform(*DARK, size=shape)
