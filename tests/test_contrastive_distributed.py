@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -46,8 +47,10 @@ def start(rank: int, ranks: int, folder: str) -> None:
 
 
 def stop() -> None:
+    """End a process that has succeeded."""
     dist.barrier()  # a process that leaves early would break the others' connections
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the group and abort an interpreter that shuts down
 
 
 def run_rank(rank: int, ranks: int, folder: str, options: dict, further: bool) -> None:
