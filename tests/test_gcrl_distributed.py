@@ -71,6 +71,8 @@ def work(rank: int, port: int, folder: str) -> None:
         torch.save(
             {**found, "team": (team.rank, team.size, *extremes, mean)}, f"{folder}/{rank}.pt"
         )
+        team.wait()
+    os._exit(0)  # gloo's threads may outlive the group and abort an interpreter that shuts down
 
 
 @pytest.fixture(scope="module")
