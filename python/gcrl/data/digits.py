@@ -10,15 +10,15 @@ from gcrl.data.resize import fit_to_grid
 
 CANVAS = 16  # side of the square that an 8x8 digit is placed on
 SEED = 0
-BRIGHT, DARK = (128.0, 255.0), (0.0, 1.0)  # the channels of foreground and background
+BRIGHT = (128.0, 255.0)  # each channel of a digit's colour
 
 
 def load(grid: tuple[int, int]) -> Dataset:
     """The 1,797 real digits: 1,438 to train on and 359 to test with, the same on every call.
 
-    Each has its own bright colour on a nearly black one, its strokes' intensity blends between
-    them, and it lies at its own place on a 16x16 canvas. Colour and place say nothing of the
-    class, so pixels compared as they are say little.
+    Each has its own bright colour, dimmed by its strokes' intensity, and its own place on a black
+    16x16 canvas. Colour and place say nothing of the class, so pixels compared as they are say
+    little.
     """
     digits = load_digits()
     rng = np.random.default_rng(SEED)
@@ -34,12 +34,5 @@ def _paint(strokes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     opacity = np.zeros((count, CANVAS, CANVAS, 1))
     for index, (top, left) in enumerate(rng.integers(0, CANVAS - side + 1, size=(count, 2))):
         opacity[index, top : top + side, left : left + side, 0] = strokes[index] / 16
-    foreground, background = _colour_pairs(count, rng)  # [N, 1, 1, 3]
-    painted = background + opacity * (foreground - background)
-    return np.rint(painted).astype(np.uint8)
-
-
-def _colour_pairs(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A bright and a nearly black colour an image, float [N, 1, 1, 3]."""
-    shape = (count, 1, 1, 3)
-    return rng.uniform(*BRIGHT, size=shape), rng.uniform(*DARK, size=shape)
+    colour = rng.uniform(*BRIGHT, size=(count, 1, 1, 3))
+    return np.rint(opacity * colour).astype(np.uint8)
