@@ -101,6 +101,29 @@ def test_a_run_is_trained_and_evaluated(run: Path, capsys: pytest.CaptureFixture
     assert "linear probe" in capsys.readouterr().out
 
 
+def test_a_run_on_files_serves_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    there.mkdir()
+    elsewhere.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    np.savez(there / "noise.npz", images=images)
+    np.save(there / "colors.npy", images[0, 0])
+    monkeypatch.chdir(there)
+    words = ["train", *TINY.split(), "--no-evaluate", "--data=noise.npz", "--palette=colors.npy"]
+    assert main([*words, "--out=run"]) == 0
+    assert main([*words, "--out=run", "--resume"]) == 0
+    config = Config.load("run/config.json")
+    assert config.data.data == str(there / "noise.npz")
+    assert config.data.palette == str(there / "colors.npy")
+    monkeypatch.chdir(elsewhere)
+    assert main(["evaluate", "../there/run", "--device=cpu"]) == 0
+    assert main(["train", "--config=../there/run/config.json", "--out=again"]) == 0
+    words[-2:] = ["--data=../there/noise.npz", "--palette=../there/colors.npy"]
+    assert main([*words, "--out=../there/run", "--resume"]) == 0
+
+
 def test_evaluate_on_other_images(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +177,9 @@ def test_palette(tmp_path: Path) -> None:
         ("palette none --out p.npy", "none: no such file or folder"),
         ("palette digits --out p.png", "expected a file that ends in .npy, got p.png"),
         ("palette digits --colors 1 --out p.npy", "expected at least 2 colours"),
+        ("palette digits --colors 99999 --grid 4 4 --out p.npy", "colors: "),
+        ("palette digits --seed -1 --out p.npy", "seed: expected at least 0 and below 2^63"),
+        (f"sample none --seed {2**63}", "seed: expected at least 0 and below 2^63"),
     ],
 )
 def test_errors_are_one_line(

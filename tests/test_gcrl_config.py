@@ -114,6 +114,28 @@ def test_views_are_checked_against_the_grid() -> None:
         changed(weak_shift=16).validate()
 
 
+def test_two_views_are_needed_only_to_contrast_them() -> None:
+    plain: dict[str, Any] = {
+        "weak_shift": 0, "crop_scale": [1.0, 1.0], "color_jitter": 0.0, "grayscale": 0.0
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="two views that are always the same"):
+        changed(**plain).validate()
+    changed(**plain, beta=0).validate()
+
+
+def test_digits_are_not_mirrored() -> None:
+    with pytest.raises(ConfigError, match="flip: expected false, as a mirrored digit is no digit"):
+        changed(flip=True).validate()
+    changed(flip=True, data="photos").validate()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_trains_with_either_loss_alone(name: str) -> None:
+    given = replace(preset(name), data=replace(preset(name).data, data="photos"))
+    for weight in ("alpha", "beta"):
+        replace(given, objective=replace(given.objective, **{weight: 0.0})).validate()
+
+
 def test_presets_that_need_images_say_so() -> None:
     assert PRESETS["digits"].validate() is PRESETS["digits"]
     for name in ("cifar10-small", "cifar10"):

@@ -17,9 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.metrics import pairwise_distances_argmin
 
-from gcrl.data import DataError, download, fit_to_grid, load_dataset
+from gcrl.data import DataError, ImageSet, download, fit_to_grid, load_dataset
 from gcrl.data.cifar10 import FILES, FOLDER, read_pickle
+from gcrl.data.dataset import hold_out
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -82,38 +85,66 @@ def test_fit_to_grid_refuses_other_arrays(images: np.ndarray) -> None:
 
 def test_digits_are_the_same_on_every_call() -> None:
     first, second = load_dataset("digits", (16, 16)), load_dataset("digits", (16, 16), seed=7)
-    assert (len(first.train), len(first.test)) == (1438, 359)
+    assert (len(first.train), len(first.test)) == (4 * 1438, 4 * 359)
     assert first.train.images.shape[1:] == (16, 16, 3)
     assert first.class_names == tuple("0123456789")
     assert np.array_equal(first.train.images, second.train.images)
     assert np.array_equal(first.test.labels, second.test.labels)
-    assert np.bincount(first.test.labels).min() >= 34  # every class alike
+    assert np.bincount(first.test.labels).min() >= 4 * 34  # every class alike
+
+
+def test_each_digit_is_four_times_in_one_part() -> None:
+    real = load_digits()
+    dataset = load_dataset("digits", (16, 16))
+    shapes = upper_left(real.images)
+    painted = [upper_left(part.images.max(axis=3)) for part in (dataset.train, dataset.test)]
+    train, test = (pairwise_distances_argmin(part, shapes) for part in painted)  # whose
+    assert np.array_equal(np.bincount(np.concatenate((train, test))), np.full(1797, 4))
+    assert not set(train) & set(test)
+    assert np.array_equal(real.target[train], dataset.train.labels)
+    assert np.array_equal(real.target[test], dataset.test.labels)
+    everything = ImageSet(real.images, real.target)
+    held_out = {digit.tobytes() for digit in hold_out(everything, 0)[1].images}
+    assert {digit.tobytes() for digit in real.images[test]} == held_out
+
+
+def upper_left(pictures: np.ndarray) -> np.ndarray:
+    """[N, side, side], each dark around at most 8x8 -> [N, 64]: those at the corner, 1 at most."""
+    corners = np.zeros((len(pictures), 8, 8))
+    bright = pictures / pictures.max(axis=(1, 2))[:, None, None]
+    for corner, picture in zip(corners, bright, strict=True):
+        rows, columns = np.nonzero(picture)
+        part = picture[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        corner[: part.shape[0], : part.shape[1]] = part
+    return corners.reshape(len(pictures), 64)
 
 
 def test_digits_have_their_own_colours_and_places() -> None:
-    images = load_dataset("digits", (16, 16)).train.images.astype(float)
-    corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]  # [N, 4, 3]
-    background = np.median(corners, axis=1)
+    images = load_dataset("digits", (16, 16)).train.images
+    assert images.max(axis=(1, 2)).min() > 100  # bright in every channel
     assert images.max(axis=(1, 2)).std(axis=0).min() > 30
-    distance = np.linalg.norm(images - background[:, None, None], axis=-1)  # [N, 16, 16]
-    assert distance.max(axis=(1, 2)).min() > 100
-    rows = (distance > 20).any(axis=2).argmax(axis=1)
-    columns = (distance > 20).any(axis=1).argmax(axis=1)
+    lit = images.any(axis=3)  # [N, 16, 16]
+    rows, columns = lit.any(axis=2).argmax(axis=1), lit.any(axis=1).argmax(axis=1)
     assert set(range(9)) <= set(rows)
     assert set(range(9)) <= set(columns)
+    for copies in images.reshape(4, -1, 16, 16, 3).swapaxes(0, 1):
+        assert len({copy.tobytes() for copy in copies}) == 4
 
 
-def test_strokes_blend_between_two_colours() -> None:
+def test_digits_lie_on_plain_black() -> None:
+    images = load_dataset("digits", (16, 16)).train.images
+    black = (images == 0).all(axis=3).sum(axis=(1, 2))
+    assert black.min() >= 16 * 16 - 8 * 8
+
+
+def test_strokes_are_shades_of_one_colour() -> None:
     images = load_dataset("digits", (16, 16)).train.images.astype(float)
-    background = np.median(images[:, [0, 0, -1, -1], [0, -1, 0, -1]], axis=1)
-    offset = images.reshape(len(images), -1, 3) - background[:, None]  # [N, 256, 3]
-    strongest = np.linalg.norm(offset, axis=2).argmax(axis=1)
-    foreground = offset[np.arange(len(images)), strongest]
-    assert (background + foreground).std(axis=0).min() > 30
-    direction = foreground / np.linalg.norm(foreground, axis=1, keepdims=True)
-    along = np.einsum("npc,nc->np", offset, direction)
-    assert along.min() > -1.5
-    assert np.abs(offset - along[..., None] * direction[:, None]).max() < 1.5
+    pixels = images.reshape(len(images), -1, 3)  # [N, 256, 3]
+    brightest = np.linalg.norm(pixels, axis=2).argmax(axis=1)
+    colour = pixels[np.arange(len(images)), brightest]
+    direction = colour / np.linalg.norm(colour, axis=1, keepdims=True)
+    along = np.einsum("npc,nc->np", pixels, direction)
+    assert np.abs(pixels - along[..., None] * direction[:, None]).max() < 1.5
 
 
 def test_pixels_of_the_digits_say_little() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,14 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from gcrl import checkpoint
-from gcrl.config import Config, ConfigError, ModelConfig, ObjectiveConfig, OptimConfig
+from gcrl.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RuntimeConfig,
+)
 from gcrl.distributed import Team, join
 from gcrl.run import build_model
 from gcrl.trainer import backward, train, wrap
@@ -41,9 +50,13 @@ def tokens(part: int) -> tuple[Tensor, Tensor]:
     return views[0], views[1]
 
 
-def gradients(team: Team, objective: ObjectiveConfig) -> dict[str, Tensor]:
+def gradients(
+    team: Team, objective: ObjectiveConfig, *, compiled: bool = False
+) -> dict[str, Tensor]:
     """Of a step of several batches; each process sees its slice of them."""
-    config = Config(model=MODEL, objective=objective)
+    config = Config(
+        model=MODEL, objective=objective, runtime=RuntimeConfig(device="cpu", compile=compiled)
+    )
     model = build_model(config)
     network = wrap(model, config, team)
     mine = slice(team.rank * BATCH // team.size, (team.rank + 1) * BATCH // team.size)
@@ -66,6 +79,10 @@ def work(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     with join("cpu") as team:
         found = {name: gradients(team, objective) for name, objective in OBJECTIVES.items()}
+        torch.compile = functools.partial(torch.compile, backend="eager")  # no compiler needed
+        for name, objective in OBJECTIVES.items():
+            found[f"{name}, compiled"] = gradients(team, objective, compiled=True)
+        assert torch._dynamo.utils.counters["frames"]["ok"]
         extremes = (team.largest(rank), -team.largest(-rank))
         mean = team.mean(torch.tensor([float(rank)]))
         torch.save(
@@ -86,13 +103,17 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
+@pytest.mark.parametrize("how", ["", ", compiled"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_gradients_are_those_of_one_process(ranks: list[dict[str, Any]], name: str) -> None:
+def test_gradients_are_those_of_one_process(
+    ranks: list[dict[str, Any]], name: str, how: str
+) -> None:
     alone = gradients(Team(torch.device("cpu")), OBJECTIVES[name])
-    for found in ranks:
-        assert found[name].keys() == alone.keys()
+    for rank in ranks:
+        found = rank[name + how]
+        assert found.keys() == alone.keys()
         for key, expected in alone.items():
-            torch.testing.assert_close(found[name][key], expected, rtol=1e-4, atol=1e-6, msg=key)
+            torch.testing.assert_close(found[key], expected, rtol=1e-4, atol=1e-6, msg=key)
     assert sum(g.norm() for g in alone.values()) > 0.1
 
 
@@ -117,24 +138,35 @@ def test_processes_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-def test_torchrun_trains_and_resumes(tmp_path: Path) -> None:
-    optim = OptimConfig(batch_size=8, accumulate=2, steps=4, warmup_steps=1)
-    config = replace(Config(), model=replace(MODEL, grid=(8, 8)), optim=optim)
-    config = replace(
+def small(steps: int, every: int) -> Config:
+    """A run on the digits, with records and checkpoints every so many steps."""
+    config = Config(model=replace(MODEL, grid=(8, 8)))
+    return replace(
         config,
-        runtime=replace(config.runtime, device="cpu", checkpoint_every=2, log_every=2),
+        optim=OptimConfig(batch_size=8, accumulate=2, steps=steps, warmup_steps=1),
+        runtime=RuntimeConfig(device="cpu", checkpoint_every=every, log_every=every),
         evaluation=replace(config.evaluation, evaluate=False),
     )
-    (tmp_path / "c.json").write_text(config.to_json())
-    command = ["-m", "gcrl", "train", "--config", str(tmp_path / "c.json"), "--out"]
+
+
+def torchrun(folder: Path, config: Config, *flags: str) -> subprocess.Popen[str]:
+    """Begin to train on two processes."""
+    file = folder.with_suffix(".json")
+    file.write_text(config.to_json())
+    return subprocess.Popen(
+        [*TORCHRUN, "-m", "gcrl", "train", "--config", str(file), "--out", str(folder), *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_torchrun_trains_and_resumes(tmp_path: Path) -> None:
+    config = small(steps=4, every=2)
 
     def run(folder: Path, *flags: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*TORCHRUN, *command, str(folder), *flags],
-            env=environment, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        process = torchrun(folder, config, *flags)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "FutureWarning" not in errors
 
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run(whole)
@@ -159,3 +191,22 @@ def test_torchrun_trains_and_resumes(tmp_path: Path) -> None:
         assert (again / file).read_bytes() == (last / file).read_bytes()
     with pytest.raises(checkpoint.CheckpointError, match="processes were 2, now 1"):
         train(config, halves, resume=True, progress=False)
+
+
+def test_a_signal_to_torchrun_saves_first(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = torchrun(folder, small(steps=5000, every=5000))
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or not metrics.read_text():  # the first step's record
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    saved = checkpoint.latest(folder)
+    assert saved is not None
+    step = checkpoint.load_state(saved)["step"]
+    assert step < 5000
+    assert f"SIGTERM: saved step {step}; go on with: gcrl train --resume" in errors

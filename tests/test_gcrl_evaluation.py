@@ -83,6 +83,14 @@ def test_a_fifth_of_every_class_is_held_out() -> None:
     assert not np.array_equal(held, probes._held_out(labels, seed=1))
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_probe_of_few_samples(count: int) -> None:
+    features, labels = clean(0)
+    probe = probes.linear_probe(features[:count], labels[:count], *clean(1))
+    assert probe.accuracy == 1.0
+    assert probe.strength == probes.STRENGTHS[0]
+
+
 def test_a_class_that_the_probe_never_saw_counts_as_wrong() -> None:
     features, labels = clusters(200, 0)
     test, test_labels = clusters(100, 1)
@@ -264,6 +272,17 @@ def test_losses_that_were_not_trained_are_marked(run: Run, settings: dict, note:
     dataset = tiny_run.color_classes(12, labelled=False)
     notes = evaluate(replace(run, config=config), dataset, progress=False)["notes"]
     assert notes[0].startswith(note)
+
+
+def test_without_two_views_there_is_no_contrast(run: Run) -> None:
+    views = {"weak_shift": 0, "crop_scale": (1.0, 1.0), "color_jitter": 0.0, "grayscale": 0.0}
+    config = tiny_run.with_settings("views", **views)
+    dataset = tiny_run.color_classes(12, labelled=False)
+    results = evaluate(replace(run, config=config), dataset, progress=False)
+    assert results["notes"][0] == "No NT-Xent: both views of an image are always the same."
+    assert "contrastive" not in results
+    assert "NT-Xent," not in table(results)
+    assert "nats per pixel" in table(results)
 
 
 def test_results_are_written_as_json_and_as_a_table(tmp_path: Path, results: dict) -> None:

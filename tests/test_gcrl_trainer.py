@@ -23,6 +23,7 @@ from gcrl.config import Config, ConfigError
 from gcrl.data import DataError
 from gcrl.distributed import Team
 from gcrl.metrics import Recorder
+from gcrl.palette import save_palette
 from gcrl.runfolder import prepare
 from gcrl.trainer import Diverged, Trainer, learning_rate, multiplies_bfloat16, train
 
@@ -114,6 +115,21 @@ def test_a_run_leaves_metrics_and_learns(whole: Path) -> None:
         assert row["loss"] == pytest.approx(row["nats_per_pixel"] + row["contrastive"], rel=1e-5)
     assert Config.load(whole / "config.json") == tiny()
     assert list((whole / "tensorboard").iterdir())
+
+
+def test_the_progress_bar_shows_losses_and_speed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny(steps=3), tmp_path / "shown", progress=True)
+    bar = capsys.readouterr().err.split("\r")[-1]
+    last = records(tmp_path / "shown")[-1]
+    assert "train: 100%" in bar
+    assert "3/3" in bar
+    assert f"nats/pixel={last['nats_per_pixel']:.3f}" in bar
+    assert f"NT-Xent={last['contrastive']:.3f}" in bar
+    assert f"images/s={last['images_per_second']:.0f}" in bar
+    train(tiny(steps=1), tmp_path / "quiet", progress=False)
+    assert not capsys.readouterr().err
 
 
 def test_the_same_run_again_is_the_same_bitwise(whole: Path, tmp_path: Path) -> None:
@@ -255,8 +271,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 
 def test_unusable_settings_leave_no_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(DataError, match="batch_size: expected at most the 1438 .*got 1439"):
-        train(tiny(batch_size=1439), folder, progress=False)
+    with pytest.raises(DataError, match="batch_size: expected at most the 5752 .*got 5753"):
+        train(tiny(batch_size=5753), folder, progress=False)
     with pytest.raises(DataError, match="no such file"):
         train(tiny(data=str(tmp_path / "none")), folder, progress=False)
     with pytest.raises(ConfigError, match="palette: .*none.npy"):
@@ -274,11 +290,22 @@ def test_the_palette_must_have_the_colours(whole: Path, tmp_path: Path) -> None:
     assert torch.equal(given.palette, make(whole).palette)
 
 
+def test_a_palette_that_lies_there_is_taken_only_to_go_on(whole: Path, tmp_path: Path) -> None:
+    fitted, other = make(whole).palette, torch.rand(8, 3) * 255
+    given: dict[str, Any] = {"palette": str(whole / "palette.npy"), "seed": 5}
+    for name, settings in (("fit", {}), ("given", given)):
+        folder = tmp_path / name
+        save_palette(folder / "palette.npy", other)
+        assert torch.equal(make(folder, **settings).palette, fitted)
+        save_palette(folder / "palette.npy", other)
+        assert torch.equal(make(folder, **settings).palette, other)  # beside config.json
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_every_epoch_takes_each_image_once_in_its_own_order(tmp_path: Path, size: int) -> None:
     device = torch.device("cpu")
     team = [make(tmp_path, Team(device, rank, size), accumulate=2) for rank in range(size)]
-    per_epoch = 1438 // (16 * size)
+    per_epoch = 5752 // (16 * size)
     drawn: list[Tensor] = []
     for number in range(2 * per_epoch):
         for run in team:

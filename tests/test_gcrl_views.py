@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gcrl.config import ViewsConfig
-from gcrl.views import make_views, validate
+from gcrl.views import check_pair, make_views, strong_view, validate, weak_view
 
 PLAIN = ViewsConfig(
     weak_shift=0, flip=False, crop_scale=(1.0, 1.0), color_jitter=0.0, grayscale=0.0, blur=0.0
@@ -159,8 +159,17 @@ def test_meaningless_settings_are_refused(
 
 def test_two_equal_views_are_refused() -> None:
     with pytest.raises(ValueError, match="always the same"):
-        validate(PLAIN, (16, 16))
-    validate(replace(PLAIN, flip=True), (16, 16))
+        check_pair(PLAIN)
+    with pytest.raises(ValueError, match="always the same"):
+        make_views(random_images(2), PLAIN)
+    check_pair(replace(PLAIN, flip=True))
+
+
+def test_one_view_may_be_the_image_itself() -> None:
+    images = random_images(4)
+    validate(PLAIN, (16, 16))
+    assert torch.equal(weak_view(images, PLAIN), images)
+    torch.testing.assert_close(strong_view(images, PLAIN), images.float(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from gcrl.config import Config, ConfigError
+from gcrl.config import SEEDS, Config, ConfigError
 from gcrl.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Sample:
         for name, value in (("count", self.count), ("temperature", self.temperature)):
             if not value > 0:
                 raise ConfigError(f"{name}: expected more than 0, got {value}")
+        _check_seed(self.seed)
         run = _load(self.run, self.device)
         options: dict[str, Any] = {
             "seed": self.seed,
@@ -142,8 +143,12 @@ class Palette:
                 "colors, grid: expected at least 2 colours and 1x1 pixels, got "
                 f"{self.colors} and {self.grid[0]}x{self.grid[1]}"
             )
+        _check_seed(self.seed)
         dataset = load_dataset(self.data, self.grid)
-        palette = fit(dataset.train.images, self.colors, self.seed, progress=True)
+        try:
+            palette = fit(dataset.train.images, self.colors, self.seed, progress=True)
+        except ValueError as error:  # fewer pixels than colours
+            raise ConfigError(f"colors: {error}") from error
         save_palette(self.out, palette)
         swatches = palette[palette.sum(1).argsort()].round().byte()[:, None, None]  # [K, 1, 1, 3]
         picture = save_images(self.out.with_suffix(".png"), swatches)
@@ -207,6 +212,11 @@ def _starting_settings(words: list[str]) -> Config:
 
 def _default_folder(name: str) -> Path:
     return Path("runs") / name
+
+
+def _check_seed(seed: int) -> None:
+    if seed not in SEEDS:
+        raise ConfigError(f"seed: expected at least 0 and below 2^63, got {seed}")
 
 
 def _load(folder: Path, device: str) -> Run:

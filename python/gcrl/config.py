@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 INFINITY = float("inf")
+SEEDS = range(2**63)
 PresetName = Literal["digits", "cifar10-small", "cifar10"]
 
 
@@ -76,7 +77,7 @@ class ObjectiveConfig:
     alpha: float = 1.0
     """Weight of the generative loss, the weak view's nats per pixel. 0 leaves the decoder out."""
     beta: float = 1.0
-    """Weight of the contrastive loss over both views. 0 leaves the strong view out."""
+    """Weight of the contrastive loss over both views. 0 trains without the strong view."""
     temperature: float = 0.2
     """Temperature of NT-Xent."""
     score_first_pixel: bool = True
@@ -221,6 +222,8 @@ class Config:
                 raise ConfigError(f"{name}: expected {expected}, got {flat[name]!r}")
         try:
             views.validate(self.views, self.model.grid)
+            if self.objective.beta > 0:
+                views.check_pair(self.views)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         return self
@@ -243,6 +246,8 @@ def _rules(config: Config, backends: tuple[str, ...]) -> list[tuple[str, bool, s
         ("inner_layers", model.inner_layers >= 1, "at least 1"),
         ("mlp_ratio", model.mlp_ratio >= 1, "at least 1"),
         ("projection_dim", model.projection_dim >= 1, "at least 1"),
+        ("flip", not (config.views.flip and data.data == "digits"),
+         "false, as a mirrored digit is no digit"),
         ("alpha", 0 <= objective.alpha < INFINITY, "a number of at least 0"),
         ("beta", 0 <= objective.beta < INFINITY, "a number of at least 0"),
         ("beta", objective.alpha + objective.beta > 0, "more than 0, as alpha is 0"),
@@ -260,7 +265,7 @@ def _rules(config: Config, backends: tuple[str, ...]) -> list[tuple[str, bool, s
         ("probe_test", evaluation.probe_test >= 1, "at least 1"),
         ("neighbors", evaluation.neighbors >= 1, "at least 1"),
         ("sample_count", evaluation.sample_count >= 1, "at least 1"),
-        ("seed", 0 <= runtime.seed < 2**63, "at least 0 and below 2^63"),
+        ("seed", runtime.seed in SEEDS, "at least 0 and below 2^63"),
         ("device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", runtime.device) is not None,
          "'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"),
         ("backend", runtime.backend is None or runtime.backend in backends,

@@ -17,7 +17,7 @@ from gcrl.data import Dataset, ImageSet
 from gcrl.palette import to_tokens
 from gcrl.probes import NotFiniteError, linear_probe, nearest_neighbors
 from gcrl.run import Run
-from gcrl.views import make_views
+from gcrl.views import differ, make_views
 from gcrl_kernels import nt_xent
 
 _SOURCES = {"run": "this run", "untrained": "untrained network", "raw_pixels": "raw pixels"}
@@ -41,9 +41,10 @@ def evaluate(run: Run, dataset: Dataset, *, progress: bool = True) -> dict[str, 
         "seed": seed,
         "test_images": len(test),
         "likelihood": likelihood(run, test.images, progress=progress),
-        "contrastive": contrastive(run, test.images),
         "notes": _loss_notes(run),
     }
+    if differ(run.config.views):
+        results["contrastive"] = contrastive(run, test.images)
     accuracy = _accuracy(run, train, test, results["notes"], progress)
     if accuracy:
         results |= {"train_images": len(train), "accuracy": accuracy}
@@ -89,14 +90,16 @@ def contrastive(run: Run, images: np.ndarray) -> dict[str, float]:
 
 def table(results: dict[str, Any]) -> str:
     """The results in Markdown."""
-    loss, views = results["likelihood"], results["contrastive"]
+    loss = results["likelihood"]
     uniform = loss["uniform_nats_per_pixel"]
     losses = [
         ("nats per pixel", loss["nats_per_pixel"], uniform),
         ("bits per pixel", loss["bits_per_pixel"], uniform / math.log(2)),
         ("nats per image", loss["nats_per_image"], uniform * loss["pixels"]),
-        (f"NT-Xent, {views['pairs']} pairs", views["nt_xent"], views["chance"]),
     ]
+    if "contrastive" in results:
+        views = results["contrastive"]
+        losses.append((f"NT-Xent, {views['pairs']} pairs", views["nt_xent"], views["chance"]))
     counts = f"{results['test_images']:,} test images"
     if "accuracy" in results:
         counts += f", {results['train_images']:,} labelled training images"
@@ -177,7 +180,9 @@ def _loss_notes(run: Run) -> list[str]:
         notes.append("alpha is 0: the decoder was not trained, and the likelihood shows it.")
     elif not objective.score_first_pixel:
         notes.append("The first pixel was not trained, but its likelihood is counted here.")
-    if objective.beta == 0:
+    if not differ(run.config.views):
+        notes.append("No NT-Xent: both views of an image are always the same.")
+    elif objective.beta == 0:
         notes.append("beta is 0: the projection was not trained, and NT-Xent shows it.")
     return notes
 

@@ -40,7 +40,8 @@ def linear_probe(
     """Logistic regression on standardised features.
 
     train, test: [N, D] and [M, D]; labels: integers [N] and [M]. The strength C is the one that
-    does best on a fifth of the training features, held out; the test features have no say in it.
+    does best on a fifth of the training features, held out, or 1 where there are fewer than five;
+    the test features have no say in it.
     Raises NotFiniteError for features that are not finite.
     """
     _check_finite(train, test)
@@ -81,7 +82,7 @@ def _fit(features: np.ndarray, labels: np.ndarray, strength: float) -> Pipeline:
 
 def _choose_strength(features: np.ndarray, labels: np.ndarray, seed: int) -> float:
     held = _held_out(labels, seed)
-    if len(np.unique(labels[~held])) < 2:  # nothing to compare
+    if not held.any() or len(np.unique(labels[~held])) < 2:  # nothing to compare
         return STRENGTHS[0]
     scores = [
         _fit(features[~held], labels[~held], strength).score(features[held], labels[held])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from gcrl import checkpoint
 from gcrl.config import Config, ConfigError
-from gcrl.data import DataError, Dataset, load_dataset
+from gcrl.data import NAMES, DataError, Dataset, load_dataset
 from gcrl.distributed import Team
 from gcrl.palette import fit, load_palette, save_palette
 
@@ -37,7 +38,7 @@ def check_folder(config: Config, folder: Path, team: Team, *, resume: bool) -> N
     elif not path.exists():
         raise ConfigError(f"{folder} holds no run to go on with: start one without --resume")
     else:
-        before, now = Config.load(path).flat(), config.flat()
+        before, now = _located(Config.load(path)).flat(), _located(config).flat()
         changes = [
             f"{name} was {before[name]!r}, now {now[name]!r}"
             for name in now
@@ -54,6 +55,8 @@ def check_folder(config: Config, folder: Path, team: Team, *, resume: bool) -> N
 def prepare(config: Config, folder: Path, team: Team, *, progress: bool) -> tuple[Dataset, Tensor]:
     """The images and the palette; leaves config.json and palette.npy in the folder.
 
+    The palette of a run that goes on is the one that lies there.
+
     Raises:
         DataError, ConfigError: the images or the palette cannot be used.
     """
@@ -63,11 +66,10 @@ def prepare(config: Config, folder: Path, team: Team, *, progress: bool) -> tupl
     _check_batch(config, dataset, team)
     path = folder / "palette.npy"
     if team.leads:
-        palette = None if path.exists() else _make_palette(config, dataset, progress=progress)
-        folder.mkdir(parents=True, exist_ok=True)
-        if palette is not None:
-            save_palette(path, palette)
-        checkpoint.replace_file(folder / "config.json", config.to_json().encode())
+        settings = folder / "config.json"
+        if not (settings.exists() and path.exists()):
+            save_palette(path, _make_palette(config, dataset, progress=progress))
+        checkpoint.replace_file(settings, _located(config).to_json().encode())
         team.wait()
     return dataset, _load_palette(path, config, rescale=False)
 
@@ -85,6 +87,22 @@ def report(config: Config, folder: Path, dataset: Dataset, *, progress: bool) ->
     print(evaluation.table(results), end="")
 
 
+def _located(config: Config) -> Config:
+    """The configuration with absolute paths, which mean the same from every folder."""
+    data, palette = config.data.data, config.data.palette
+    if data not in NAMES:
+        data = _absolute(data)
+    if palette is not None:
+        palette = _absolute(palette)
+    return replace(config, data=replace(config.data, data=data, palette=palette))
+
+
+def _absolute(path: str) -> str:
+    """Its folder without links and '..', so that it is the same however it is reached."""
+    expanded = Path(path).expanduser()
+    return str(expanded.parent.resolve() / expanded.name)
+
+
 def _check_batch(config: Config, dataset: Dataset, team: Team) -> None:
     size = config.optim.batch_size * team.size
     if size > len(dataset.train):
@@ -97,7 +115,7 @@ def _check_batch(config: Config, dataset: Dataset, team: Team) -> None:
 
 def _make_palette(config: Config, dataset: Dataset, *, progress: bool) -> Tensor:
     if config.data.palette is not None:
-        return _load_palette(Path(config.data.palette), config, rescale=True)
+        return _load_palette(Path(config.data.palette).expanduser(), config, rescale=True)
     try:
         return fit(dataset.train.images, config.model.colors, config.runtime.seed, progress)
     except ValueError as error:  # fewer pixels than colours

@@ -281,9 +281,7 @@ def wrap(model: nn.Module, config: Config, team: Team) -> nn.Module:
         return network
     unused = not (config.objective.alpha and config.objective.beta)  # the decoder or the projection
     devices = None if team.device.type == "cpu" else [team.device]
-    return DistributedDataParallel(
-        network, devices, broadcast_buffers=False, find_unused_parameters=unused
-    )
+    return DistributedDataParallel(network, devices, find_unused_parameters=unused)
 
 
 def backward(

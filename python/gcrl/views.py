@@ -19,8 +19,10 @@ def make_views(images: torch.Tensor, config: ViewsConfig) -> tuple[torch.Tensor,
     """Draw a weak and a strong view of each image, from torch's global generator.
 
     images uint8 [B, H, W, 3]. Returns (weak uint8, strong float32), both [B, H, W, 3] in 0..255 on
-    the images' device. Raises ValueError for other images, and as `validate` does.
+    the images' device. Raises ValueError for other images, for settings that leave both views the
+    same, and as `validate` does.
     """
+    check_pair(config)
     return weak_view(images, config), strong_view(images, config)
 
 
@@ -87,8 +89,19 @@ def validate(config: ViewsConfig, grid: tuple[int, int]) -> None:
             f"blur: its kernel of {_blur_kernel(grid)} pixels is larger than a grid of "
             f"{height}x{width}"
         )
-    strong_changes = smallest < 1 or config.color_jitter or config.grayscale or config.blur
-    if not (strong_changes or config.weak_shift or config.flip):
+
+
+def differ(config: ViewsConfig) -> bool:
+    """Whether there is anything by which the two views of an image can differ."""
+    strong_changes = (
+        config.crop_scale[0] < 1 or config.color_jitter or config.grayscale or config.blur
+    )
+    return bool(strong_changes or config.weak_shift or config.flip)
+
+
+def check_pair(config: ViewsConfig) -> None:
+    """Raise ValueError unless the two views of an image can differ."""
+    if not differ(config):
         raise ValueError(
             "weak_shift, flip, crop_scale, color_jitter, grayscale, blur: expected one at least to "
             "change the image, got two views that are always the same"

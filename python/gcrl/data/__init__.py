@@ -11,6 +11,8 @@ from gcrl.data.resize import fit_to_grid
 
 __all__ = ["DataError", "Dataset", "ImageSet", "fit_to_grid", "load_dataset"]
 
+NAMES = (digits.NAME,)  # sources that are no paths
+
 
 def load_dataset(
     source: str, grid: tuple[int, int], *, download: bool = False, seed: int = 0
@@ -22,7 +24,7 @@ def load_dataset(
     folder if it is not there yet. The seed chooses the images held out for testing where a source
     does not say which. Raises DataError, which names the file and what is wrong with it.
     """
-    if source == "digits":
+    if source == digits.NAME:
         if download:
             raise DataError("download fetches CIFAR-10 into a folder; the digits need no download")
         return digits.load(grid)

@@ -38,17 +38,23 @@ class Dataset:
 
 
 def hold_out(everything: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Hold out a fifth (two images at least) for testing, drawn by the seed from all classes alike.
+    """Hold out a fifth for testing, as draw_held_out does: (train, test), in the whole's order."""
+    test = draw_held_out(len(everything), everything.labels, seed)
+    return everything.take(np.flatnonzero(~test)), everything.take(np.flatnonzero(test))
 
-    Returns (train, test), each in the order of the whole. Raises DataError below four images.
+
+def draw_held_out(count: int, labels: np.ndarray | None, seed: int) -> np.ndarray:
+    """Which of `count` to hold out for testing, bool [count]: a fifth (two at least).
+
+    They are drawn by the seed from all classes alike; labels: int64 [count], where they are known.
+    Raises DataError below four.
     """
-    count = len(everything)
     if count < 4:
         raise DataError(f"expected at least 4 images, to hold some out for testing; got {count}")
     order = np.random.default_rng(seed).permutation(count)
-    if everything.labels is not None:
-        order = order[np.argsort(everything.labels[order], kind="stable")]
+    if labels is not None:
+        order = order[np.argsort(labels[order], kind="stable")]
     held_out = max(2, count // 5)
     test = np.zeros(count, dtype=bool)
     test[order[((np.arange(held_out) + 0.5) * count / held_out).astype(int)]] = True
-    return everything.take(np.flatnonzero(~test)), everything.take(np.flatnonzero(test))
+    return test
