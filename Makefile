@@ -3,15 +3,24 @@
 #   make train    train the default preset (ARGS="--preset cifar10-small ..." for another)
 #   make test     run every test
 #   make lint     check style and types
+#   make bench    run every benchmark, on the GPU where PyTorch finds one
+#   make gpu      on a machine with a GPU, with its own Python and PyTorch and no network: build the
+#                 kernels for it, run every test, then every benchmark (ARGS="--parts tests" for less)
 
 PYTHON ?= python3
 ARGS ?=
+RESULTS ?= build/benchmarks.json
+OUT ?= build/gpu
+# Seconds: for all of `make gpu`, for its build and its tests; each benchmark has a share of the rest.
+LIMIT ?= 1680
+BUILD_LIMIT ?= 240
+TESTS_LIMIT ?= 480
 BIN := .venv/bin
 READY := .venv/ready
 SOURCES := $(wildcard csrc/*/*)
 CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/cuda_emulator/*))
 
-.PHONY: setup train test lint
+.PHONY: setup train test lint bench gpu
 
 setup: $(READY)
 
@@ -32,3 +41,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+bench: .venv/bench
+	$(BIN)/python -m pytest benchmarks --results $(RESULTS) $(ARGS)
+
+.venv/bench: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[bench]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps -r benchmarks/without-dependencies.txt
+	touch $@
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" --limit $(LIMIT) --build-limit $(BUILD_LIMIT) \
+		--tests-limit $(TESTS_LIMIT) $(ARGS)

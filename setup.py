@@ -6,6 +6,7 @@ The C++ library is built where a C++ compiler is found, the CUDA library where n
 Python.
 
 GCRL_KERNELS_BUILD=1 makes a missing compiler an error, GCRL_KERNELS_BUILD=0 builds nothing.
+GCRL_KERNELS_ARCHITECTURES="9.0a" compiles for those GPUs alone; +PTX adds code for newer ones.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,7 +29,7 @@ ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build" / "kernels"
 WANTED = os.environ.get("GCRL_KERNELS_BUILD", "")
 TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of PyTorch 2.11
-ARCHITECTURES = ("arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a")
+ARCHITECTURES = os.environ.get("GCRL_KERNELS_ARCHITECTURES") or "8.0+PTX 9.0a"
 INSTRUCTION_SETS = {  # by the ending of a file's name; built on x86-64 alone
     "_avx2": "-mavx2 -mfma",
     "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
@@ -51,6 +53,14 @@ def find_nvcc() -> str | None:
         r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     )
     return nvcc if release and int(release[1]) >= 12 else None
+
+
+def find_ninja() -> list[str]:
+    """The command that runs ninja: the program, or the Python package of that name."""
+    program = shutil.which("ninja")
+    if program is None and find_spec("ninja") is None:
+        raise RuntimeError("building the kernels needs ninja, the program or the Python package")
+    return [program] if program else [sys.executable, "-m", "ninja"]
 
 
 def libraries() -> list[Extension]:
@@ -97,7 +107,7 @@ class BuildKernels(build_ext):
         BUILD.mkdir(parents=True, exist_ok=True)
         ninja = _ninja_file(self.extensions, compiler, include_paths(), library_paths())
         (BUILD / "build.ninja").write_text(ninja)
-        subprocess.run([shutil.which("ninja") or "ninja", "-C", str(BUILD)], check=True)
+        subprocess.run([*find_ninja(), "-C", str(BUILD)], check=True)
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +136,7 @@ def _ninja_file(
     host = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
     device = ["-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-v"]
     device += ["--expt-relaxed-constexpr"]
-    device += [f"-gencode={architecture}" for architecture in ARCHITECTURES]
+    device += [f"-gencode={gencode(architecture)}" for architecture in ARCHITECTURES.split()]
     link = [*(f"-L{path}" for path in libraries), "-lc10", "-ltorch", "-ltorch_cpu"]
     lines = [
         *_compile_rule("cpu", [*cxx, *common, *host]),
@@ -145,6 +155,19 @@ def _ninja_file(
         objects = " ".join(f"{source}.o" for source in extension.sources)
         lines.append(f"build {_library_name(extension)}: link_{backend} {objects}")
     return "\n".join(lines) + "\n"
+
+
+def gencode(architecture: str) -> str:
+    """What nvcc is told of an architecture that is written as PyTorch writes it."""
+    parts = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", architecture)
+    if parts is None:
+        raise ValueError(
+            "GCRL_KERNELS_ARCHITECTURES: expected compute capabilities such as "
+            f"'8.0+PTX 9.0a', got {architecture!r}"
+        )
+    number = parts[1] + parts[2]
+    code = f"[sm_{number},compute_{number}]" if parts[3] else f"sm_{number}"
+    return f"arch=compute_{number},code={code}"
 
 
 def _compile_rule(name: str, command: list[str]) -> list[str]:

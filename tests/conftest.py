@@ -2,14 +2,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Generator
 from pathlib import Path
 from types import ModuleType
 
+import missing
 import pytest
 import torch
-from hypothesis import settings
+
+missing.stand_in_for_hypothesis()
+from hypothesis import settings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # benchmarks, which is not installed
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers are the threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +24,24 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers are the threads
 
 settings.register_profile("repeatable", derandomize=True)  # the same examples on every run
 settings.load_profile("repeatable")
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    return missing.Module.from_parent(parent, path=module_path)
+
+
+def pytest_collection_finish() -> None:
+    missing.take_the_stand_in_away()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """What a test imports when it runs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing.skip_for_want_of(error, item.name)
+        raise
 
 
 @pytest.fixture(scope="session")

@@ -40,8 +40,9 @@ def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked source distribution, built from a copy of what the repository holds."""
     folder = tmp_path_factory.mktemp("build")
     copy = folder / "repository"
-    unwanted = (".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__")
-    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*unwanted))
+    ignored = (root / ".gitignore").read_text().split()
+    unwanted = shutil.ignore_patterns(".git", *(name.rstrip("/") for name in ignored))
+    shutil.copytree(root, copy, ignore=unwanted)
     run("-m", "build", "--sdist", "--no-isolation", "--outdir", folder, folder=copy)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -49,15 +50,22 @@ def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / archive.name.removesuffix(".tar.gz")
 
 
-def test_source_distribution_is_complete(source: Path, root: Path) -> None:
-    for folder in ("csrc", "gcrl_kernels", "python/gcrl", "tests"):
-        names = [
-            path.relative_to(root)
-            for path in (root / folder).rglob("*")
-            if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py")
-        ]
-        assert names
+FOLDERS = (".ci", "benchmarks", "csrc", "docs", "gcrl_kernels", "python/gcrl", "tests")
+FILES = (
+    ".clang-format", ".gitignore", ".pre-commit-config.yaml", "CITATION.cff", "CONTRIBUTING.md",
+    "LICENSE", "MANIFEST.in", "Makefile", "README.md", "constraints.txt", "pyproject.toml",
+    "setup.py",
+)  # fmt: skip
+
+
+def test_source_distribution_is_complete(source: Path) -> None:
+    repository = source.parent / "repository"
+    for folder in FOLDERS:
+        files = [path for path in (repository / folder).rglob("*") if path.is_file()]
+        names = [path.relative_to(repository) for path in files]
+        assert names, folder
         assert [name for name in names if not (source / name).exists()] == []
+    assert [name for name in FILES if not (source / name).exists()] == []
     assert not list(source.rglob("*.so"))
 
 
@@ -115,6 +123,17 @@ def test_a_build_without_pytorch_says_so(source: Path, tmp_path: Path) -> None:
     assert "building the kernels needs PyTorch >= 2.11" in done.stderr
 
 
+def test_ninja_is_found_beside_python(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A virtual environment's programs are not on PATH unless it is activated."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    subprocess.run([*setup_script.find_ninja(), "--version"], check=True, capture_output=True)
+    monkeypatch.setattr(setup_script, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="building the kernels needs ninja"):
+        setup_script.find_ninja()
+
+
 @pytest.mark.parametrize(("wanted", "count"), [("0", 0), ("", 0), ("1", 1)])
 def test_what_is_built_without_a_compiler(
     setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, wanted: str, count: int
@@ -133,3 +152,11 @@ def test_an_instruction_set_is_left_out_on_other_machines(
     sources = setup_script.libraries()[0].sources
     assert "csrc/color_cross_entropy/nearest_color_portable.cpp" in sources
     assert not [name for name in sources if "avx" in name]
+
+
+def test_architectures_are_written_as_pytorch_writes_them(setup_script: ModuleType) -> None:
+    assert setup_script.gencode("9.0a") == "arch=compute_90a,code=sm_90a"
+    assert setup_script.gencode("8.0+PTX") == "arch=compute_80,code=[sm_80,compute_80]"
+    assert setup_script.gencode("12.0") == "arch=compute_120,code=sm_120"
+    with pytest.raises(ValueError, match=r"GCRL_KERNELS_ARCHITECTURES: expected .*, got 'sm_90'"):
+        setup_script.gencode("sm_90")

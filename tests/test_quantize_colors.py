@@ -8,7 +8,6 @@ import torch
 from comparison import backends_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.cluster import KMeans
 
 from gcrl_kernels import fit_palette, quantize_colors
 
@@ -101,6 +100,8 @@ def inertia(pixels: torch.Tensor, palette: torch.Tensor) -> float:
 
 
 def test_palette_is_as_good_as_scikit_learn() -> None:
+    from sklearn.cluster import KMeans
+
     torch.manual_seed(0)
     pixels = torch.rand(4000, 3) ** 2
     ours = inertia(pixels, fit_palette(pixels, 32))
@@ -141,3 +142,16 @@ def test_palette_of_fewer_distinct_pixels_than_colours() -> None:
 def test_bad_palette_arguments(arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         fit_palette(*arguments)
+
+
+@pytest.mark.parametrize(
+    "iterations, error, message",
+    [
+        (-1, ValueError, "iterations: expected at least 0, got -1"),
+        (2.0, TypeError, "iterations: expected an integer, got float"),
+        (True, TypeError, "iterations: expected an integer, got bool"),
+    ],
+)
+def test_bad_iterations(iterations, error, message) -> None:
+    with pytest.raises(error, match=message):
+        fit_palette(torch.rand(4, 3), 2, iterations=iterations)
