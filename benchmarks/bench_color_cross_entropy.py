@@ -1,104 +1,204 @@
-"""How fast the nearest palette colour is found, beside FAISS and torch.cdist on the same inputs.
+"""The nearest palette colour, and cross-entropy with it as target, beside other people's.
 
-    pytest benchmarks/bench_color_cross_entropy.py --benchmark-json benchmarks/results/NAME.json
-
-prints, for each kind of pixels, the median time of every contender and how many times as long as
-ours it takes. The contenders take turns within one run, and each is checked before it is timed.
+Peers of the cross-entropy get ready tokens; ours find them, and that is in their time.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from gcrl_kernels import backends, quantize_colors
+from benchmarks.contest import PASSES, Case
+from benchmarks.floors import Work
+from benchmarks.measure import DEVICE
+from benchmarks.peers import color_cross_entropy as peers
+from gcrl_kernels import quantize_colors
 
-PIXELS, COLORS, ROUNDS = 131_072, 512, 15
-PATIENCE = 2.0  # seconds, after which a slow contender sits out the rounds that are left
-Contenders = dict[str, Callable[[], Tensor]]
-
-
-def inputs(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Pixels [PIXELS, 3] and a palette [COLORS, 3], both in 0..255."""
-    generator = torch.Generator().manual_seed(0)
-    if dtype == torch.uint8:
-        pixels = torch.randint(0, 256, (PIXELS, 3), dtype=dtype, generator=generator)
-        palette = torch.randint(0, 256, (COLORS, 3), dtype=torch.int32, generator=generator)
-    else:
-        pixels = torch.rand(PIXELS, 3, dtype=dtype, generator=generator) * 255
-        palette = torch.rand(COLORS, 3, dtype=dtype, generator=generator) * 255
-    return pixels.to(device), palette.to(device)
+BLOCK = 16_384  # positions of the exact computation at a time
 
 
-def contenders(pixels: Tensor, palette: Tensor) -> Contenders:
-    """Ours on each backend that serves the device, best first, then the peers."""
+@dataclass(frozen=True)
+class CrossEntropy(Case):
+    """The mean loss of hidden [positions, width] against a palette; `linear` says which form.
 
-    def ours(backend: str) -> Callable[[], Tensor]:
-        return lambda: quantize_colors(pixels, palette, backend=backend)
+    The linear form has the last layer in it; the other one starts from the logits.
+    """
 
-    calls: Contenders = {}
-    for backend in backends.IMPLEMENTED["quantize_colors"]:
-        try:
-            backends.choose("quantize_colors", backend, pixels)
-        except backends.BackendUnavailableError:
-            continue
-        calls[f"gcrl_kernels {backend}"] = ours(backend)
-    # The peers know floats alone; converting for them is not timed.
-    x, c = pixels.float(), palette.float()
-    calls["torch.cdist"] = lambda: torch.cdist(x, c).argmin(1)
-    if not pixels.is_cuda:
-        faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed")
-        index = faiss.IndexFlatL2(3)
-        index.add(c.numpy())
-        calls["FAISS"] = lambda: torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0])
-    return calls
+    positions: int
+    width: int
+    colors: int
+    dtype: torch.dtype
+    linear: bool
+
+    def __str__(self) -> str:
+        width = f", C {self.width}" if self.linear else ""
+        return f"M {self.positions}{width}, K {self.colors}, {str(self.dtype)[6:]}"
+
+    def describe(self) -> dict[str, Any]:
+        width = {"C": self.width} if self.linear else {}
+        return {"M": self.positions, **width, "K": self.colors, "dtype": str(self.dtype)[6:]}
+
+    def inputs(self) -> Sequence[Tensor]:
+        """hidden and weight; or the logits."""
+        generator = torch.Generator(DEVICE).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            values = torch.randn(shape, generator=generator, device=DEVICE, dtype=self.dtype)
+            return values.requires_grad_()
+
+        if not self.linear:
+            return [normal(self.positions, self.colors)]
+        weight = normal(self.colors, self.width).detach() * self.width**-0.5
+        return [normal(self.positions, self.width), weight.requires_grad_()]
+
+    def pixels(self) -> tuple[Tensor, Tensor]:
+        """Pixels uint8 [M, 3] and a palette float32 [K, 3] in the same units."""
+        generator = torch.Generator().manual_seed(1)
+        pixels = torch.randint(0, 256, (self.positions, 3), dtype=torch.uint8, generator=generator)
+        palette = torch.rand(self.colors, 3, generator=generator) * 255
+        return pixels.to(DEVICE), palette.to(DEVICE)
+
+    def tokens(self) -> Tensor:
+        return quantize_colors(*self.pixels())
+
+    def upstream(self) -> Tensor:
+        return torch.ones((), device=DEVICE)
+
+    def exact(self, way: str) -> Sequence[Tensor]:
+        """Block by block, so that the logits fit."""
+        hidden, *weight = (tensor.detach().double() for tensor in self.inputs())
+        loss = torch.zeros((), dtype=torch.float64, device=DEVICE)
+        gradients = [torch.zeros_like(tensor) for tensor in (hidden, *weight)]
+        for part, tokens in zip(
+            torch.arange(self.positions, device=DEVICE).split(BLOCK),
+            self.tokens().split(BLOCK),
+            strict=True,
+        ):
+            leaves = [tensor.detach().requires_grad_() for tensor in (hidden[part], *weight)]
+            logits = leaves[0] @ leaves[1].T if self.linear else leaves[0]
+            block = cross_entropy(logits, tokens, reduction="sum") / self.positions
+            loss += block.detach()
+            if way != PASSES[0]:
+                first, *rest = torch.autograd.grad(block, leaves)
+                gradients[0][part] = first
+                for total, gradient in zip(gradients[1:], rest, strict=True):
+                    total += gradient
+        return [loss] if way == PASSES[0] else [loss, *gradients]
+
+    def work(self, way: str) -> Work:
+        """The linear form: one product forward, three in all; inputs and gradients once."""
+        size = self.dtype.itemsize
+        if not self.linear:
+            logits = self.positions * self.colors * size
+            return Work(logits, 0) if way == PASSES[0] else Work(2 * logits, 0)
+        tensors = (self.positions + self.colors) * self.width * size
+        product = 2 * self.positions * self.width * self.colors
+        if way == PASSES[0]:
+            return Work(tensors, product)
+        return Work(2 * tensors, 3 * product)
 
 
-def check(nearest: Tensor, pixels: Tensor, palette: Tensor) -> None:
-    """The chosen colours are nearest, to what float32 makes of |x|² - 2x·c + |c|²."""
-    every = torch.cdist(pixels.double(), palette.double()).square()
-    chosen = every.gather(1, nearest[:, None])[:, 0]
-    assert (chosen - every.amin(1)).max() <= 8 * torch.finfo(torch.float32).eps * 3 * 255**2
+@dataclass(frozen=True)
+class Quantize(Case):
+    """The nearest of `colors` palette colours of each of `pixels` pixels, [pixels, 3]."""
+
+    pixels: int
+    colors: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.pixels} pixels, K {self.colors}, {str(self.dtype)[6:]}"
+
+    @property
+    def precision(self) -> torch.dtype:
+        return torch.float32
+
+    def describe(self) -> dict[str, Any]:
+        return {"pixels": self.pixels, "K": self.colors, "dtype": str(self.dtype)[6:]}
+
+    def inputs(self) -> Sequence[Tensor]:
+        """Pixels and a palette, both in 0..255 and both integers or both floats."""
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.rand(self.pixels, 3, generator=generator) * 255
+        palette = torch.rand(self.colors, 3, generator=generator) * 255
+        if not self.dtype.is_floating_point:
+            palette = palette.to(torch.int32)
+        return [pixels.to(DEVICE, self.dtype), palette.to(DEVICE)]
+
+    def upstream(self) -> Tensor:
+        return torch.empty(())  # there is no backward
+
+    def exact(self, way: str) -> Sequence[Tensor]:
+        pixels, palette = (tensor.double() for tensor in self.inputs())
+        parts = (torch.cdist(part, palette).amin(1) for part in pixels.split(BLOCK))
+        return [torch.cat(list(parts))]
+
+    def comparable(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The distances to the chosen colours: of equally near ones any is right."""
+        pixels, palette = (tensor.double() for tensor in self.inputs())
+        return [(pixels - palette[outputs[0].long()]).norm(dim=1)]
+
+    def work(self, way: str) -> Work:
+        """Pixels read and indices written; a distance is 5 operations less one (|x|² is common)."""
+        bytes_moved = self.pixels * (3 * self.dtype.itemsize + 8)
+        return Work(bytes_moved, 6 * self.pixels * self.colors)
 
 
-def median_seconds(calls: Contenders) -> dict[str, float]:
-    """Of each contender, over rounds in which all take turns."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            if sum(seconds[name]) > PATIENCE:
-                continue
-            call()  # untimed: its threads wake, and those of the one before it go to sleep
-            synchronize()
-            start = time.perf_counter()
-            call()
-            synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+QUANTIZE = {
+    "cpu": [Quantize(131_072, 512, FP32), Quantize(131_072, 512, torch.uint8)],
+    "cuda": [
+        Quantize(1_048_576, 512, FP32),
+        Quantize(131_072, 512, torch.uint8),
+        Quantize(1_048_576, 512, torch.uint8),
+    ],
+}[DEVICE]
+LOGITS = {
+    "cpu": [CrossEntropy(16_384, 0, 512, FP32, False), CrossEntropy(16_384, 0, 512, BF16, False)],
+    "cuda": [
+        *(CrossEntropy(m, 0, 512, BF16, False) for m in (32_768, 131_072, 1_048_576)),
+        CrossEntropy(131_072, 0, 512, FP32, False),
+    ],
+}[DEVICE]
+LINEAR = {
+    "cpu": [
+        CrossEntropy(4_096, 512, 512, FP32, True),
+        CrossEntropy(16_384, 512, 512, FP32, True),
+        CrossEntropy(65_536, 96, 512, FP32, True),
+        CrossEntropy(8_192, 1024, 512, FP32, True),
+        CrossEntropy(16_384, 512, 512, BF16, True),
+    ],
+    "cuda": [
+        *(CrossEntropy(m, 512, 512, BF16, True) for m in (32_768, 131_072, 1_048_576)),
+        CrossEntropy(131_072, 1024, 512, BF16, True),
+        CrossEntropy(131_072, 512, 512, FP16, True),
+        CrossEntropy(131_072, 512, 512, FP32, True),
+    ],
+}[DEVICE]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=["float32", "uint8"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.benchmark(group="quantize_colors")
-def test_quantize_colors(benchmark, capsys, dtype: torch.dtype, device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
-    pixels, palette = inputs(dtype, device)
-    calls = contenders(pixels, palette)
-    for call in calls.values():
-        check(call(), pixels, palette)
-    medians = median_seconds(calls)
-    best = next(iter(medians))
-    lines = [f"{PIXELS:,} {dtype} pixels, {COLORS} colours, {torch.get_num_threads()} CPU threads"]
-    for name, median in medians.items():
-        lines.append(f"  {name:<24}{median * 1e3:9.2f} ms  {median / medians[best]:7.2f}x")
-    with capsys.disabled():
-        print("\n" + "\n".join(lines))
-    benchmark.extra_info.update({name: median * 1e3 for name, median in medians.items()})
-    benchmark(calls[best])
+@pytest.mark.parametrize("contender", peers.QUANTIZE, ids=lambda contender: contender.name)
+@pytest.mark.parametrize("way", PASSES[:1])
+@pytest.mark.parametrize("case", QUANTIZE, ids=str)
+def test_quantize_colors(report, case, way, contender) -> None:
+    report(case, way, contender)
+
+
+@pytest.mark.parametrize("contender", peers.LOGITS, ids=lambda contender: contender.name)
+@pytest.mark.parametrize("way", PASSES)
+@pytest.mark.parametrize("case", LOGITS, ids=str)
+def test_color_cross_entropy(report, case, way, contender) -> None:
+    report(case, way, contender)
+
+
+@pytest.mark.parametrize("contender", peers.LINEAR, ids=lambda contender: contender.name)
+@pytest.mark.parametrize("way", PASSES)
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_linear_color_cross_entropy(report, case, way, contender) -> None:
+    report(case, way, contender)

@@ -19,7 +19,11 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "numpy", "kornia", "scikit-learn", "faiss-cpu")
+PACKAGES = (
+    "torch", "triton", "numpy", "kornia", "scikit-learn", "faiss-cpu", "lightly",
+    "pytorch-metric-learning", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn",
+    "xformers", "axial-attention", "inf-cl", "siglip-kernel",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:
