@@ -111,11 +111,13 @@ def _play_back(request: pytest.FixtureRequest, outcome: contest.Outcome) -> None
     benchmark.extra_info.update(peak_bytes=outcome.peak_bytes, error=outcome.error)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: object, machine_info: dict[str, Any]) -> None:
     """In results, the machine without its name, the versions and the commit."""
     machine_info.clear()
     machine_info.update(environment())
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_commit_info(config: object, commit_info: dict[str, Any]) -> None:
     commit_info.clear()  # machine_info has it

@@ -27,15 +27,16 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Of this process; names no host."""
+    """Of this process; names no host. GCRL_KERNELS_COMMIT names the commit where git is missing."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.processor())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    commit = os.environ.get("GCRL_KERNELS_COMMIT", _git("rev-parse", "HEAD"))
     return {
         "machine": {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu},
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **_versions()},
-        "commit": _git("rev-parse", "HEAD"),
-        "clean": not _git("status", "--porcelain"),
+        "commit": commit or None,
+        "clean": bool(commit) and not _git("status", "--porcelain"),
     }
 
 
@@ -50,7 +51,12 @@ def _versions() -> dict[str, str]:
 
 
 def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """What git says; empty where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def main(folder: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -76,6 +77,14 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 def check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise type_error(name, "a number", type(value).__name__)
+    # not math.isfinite, which cannot be traced where a number is dynamic
+    if not abs(value) <= sys.float_info.max:
+        raise value_error(name, "a finite number", value)
+
+
+def check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise type_error(name, "an integer", type(value).__name__)
 
 
 def check_flag(name: str, value: object) -> None:

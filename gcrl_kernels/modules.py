@@ -8,12 +8,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize, softplus
 
+from gcrl_kernels import checks
 from gcrl_kernels.axial_attention import axial_attention_packed
-from gcrl_kernels.checks import value_error
+from gcrl_kernels.backends import choose
 from gcrl_kernels.color_cross_entropy import color_cross_entropy, linear_color_cross_entropy
-from gcrl_kernels.contrastive import nt_xent
+from gcrl_kernels.contrastive import check_views, nt_xent
+from gcrl_kernels.contrastive.ops import block_lse
+from gcrl_kernels.operators import accumulation_dtype
 
 __all__ = [
     "AxialSelfAttention",
@@ -35,7 +38,7 @@ class AxialSelfAttention(nn.Module):
         backend: of the kernel.
 
     Raises:
-        ValueError: the heads do not divide the width.
+        TypeError, ValueError: width or heads is no integer, or the heads do not divide the width.
     """
 
     def __init__(
@@ -49,8 +52,10 @@ class AxialSelfAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        checks.check_integer("width", width)
+        checks.check_integer("heads", heads)
         if heads < 1 or width < 1 or width % heads:
-            raise value_error("heads", f"a divisor of the width {width}", heads)
+            raise checks.value_error("heads", f"a divisor of the width {width}", heads)
         self.heads, self.axis, self.causal, self.backend = heads, axis, causal, backend
         self.qkv = nn.Linear(width, 3 * width, bias=projection_bias)
         self.out = nn.Linear(width, width, bias=projection_bias)
@@ -134,14 +139,19 @@ class NTXentLoss(nn.Module):
         memory_bank_size: how many embeddings of earlier batches are kept, or (that, D). With a
             memory bank the anchors are out0's rows, their positives out1's, and their negatives the
             bank alone, as lightly does. The bank starts with random directions; a batch enters it
-            after its loss, where out0 requires a gradient.
-        gather_distributed: compare with the views of every process of the default group.
+            after its loss, where out0 requires a gradient. The state_dict leaves it out, as
+            lightly's does.
+        gather_distributed: compare with the views of every process of the default group; with a
+            memory bank, whose rows remain the only negatives, every process's batch enters it.
+
+    The loss is float32 (float64 for float64 views).
 
     Raises:
-        ValueError: a temperature too near 0; a memory bank together with gather_distributed.
+        TypeError, ValueError: an argument of another type, dtype, shape or device than stated.
     """
 
-    bank: Tensor
+    bank: Tensor  # [size, D], or [0] until the first batch tells D
+    next_row: Tensor  # int64, where the next batch enters
 
     def __init__(
         self,
@@ -150,46 +160,79 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
+        checks.check_number("temperature", temperature)
         if abs(temperature) < 1e-8:
-            raise value_error("temperature", "an absolute value of at least 1e-8", temperature)
-        sizes = (
-            (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
-        )
+            raise checks.value_error(
+                "temperature", "an absolute value of at least 1e-8", temperature
+            )
+        sizes = memory_bank_size if isinstance(memory_bank_size, Sequence) else (memory_bank_size,)
+        for size in sizes:
+            checks.check_integer("memory_bank_size", size)
         if len(sizes) not in (1, 2) or min(sizes) < 0:
-            raise value_error(
+            raise checks.value_error(
                 "memory_bank_size", "a size, or a size and a dimension", memory_bank_size
             )
+        checks.check_flag("gather_distributed", gather_distributed)
         if gather_distributed and not dist.is_available():
-            raise value_error("gather_distributed", "torch.distributed in this PyTorch", True)
+            raise checks.value_error(
+                "gather_distributed", "torch.distributed in this PyTorch", gather_distributed
+            )
         self.temperature, self.gather_distributed = temperature, gather_distributed
-        self.bank_size, self.next_row = sizes[0], 0
-        bank = torch.empty(0) if len(sizes) == 1 else torch.randn(sizes)
-        self.register_buffer("bank", normalize(bank, dim=-1) if bank.dim() == 2 else bank)
+        self.bank_size = sizes[0]
+        bank = torch.empty(0) if len(sizes) == 1 else normalize(torch.randn(sizes), dim=1)
+        self.register_buffer("bank", bank, persistent=False)
+        self.register_buffer("next_row", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        check_views(out0, out1, "out0", "out1")
         if self.bank_size == 0:
-            distributed = self.gather_distributed and dist.is_initialized()
-            group = dist.group.WORLD if distributed else None
-            return nt_xent(out0, out1, temperature=self.temperature, group=group)
-        anchors, positives = normalize(out0, dim=1), normalize(out1, dim=1)
+            return nt_xent(out0, out1, temperature=self.temperature, group=self._group())
+        return self._against_bank(out0, out1)
+
+    def _group(self) -> dist.ProcessGroup | None:
+        distributed = self.gather_distributed and dist.is_initialized()
+        return dist.group.WORLD if distributed else None
+
+    def _against_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
+        dtype = accumulation_dtype(out0.dtype)
+        anchors, positives = (normalize(views.to(dtype), dim=1) for views in (out0, out1))
         if self.bank.dim() == 1:
             shape = (self.bank_size, out1.shape[1])
-            self.bank = normalize(torch.randn(shape, device=out1.device, dtype=out1.dtype), dim=1)
-        positive = (anchors * positives).sum(1, keepdim=True)
-        negative = anchors @ self.bank.clone().to(anchors.dtype).T
-        logits = torch.cat([positive, negative], 1) / self.temperature  # [N, 1 + bank_size]
+            self.bank = normalize(torch.randn(shape, device=out1.device, dtype=dtype), dim=1)
+            self.next_row = self.next_row.to(out1.device)
+        bank = self.bank.to(anchors)
+        checks.check_shape("out1", out1, (len(out1), bank.shape[1]), "[N, D of the memory bank]")
+        backend = choose("nt_xent", None, anchors)
+        negative = block_lse(anchors, bank, None, float(self.temperature), None, backend)  # [N]
+        positive = (anchors * positives).sum(1) / self.temperature
         if out0.requires_grad:
             self._remember(positives.detach())
-        return cross_entropy(
-            logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        )
+        return softplus(negative - positive).mean()  # log(exp(negative) + exp(positive)) - positive
 
     @torch.no_grad()
     def _remember(self, rows: Tensor) -> None:
-        """Overwrite the oldest rows of the bank; as in lightly, what is past its end is dropped."""
-        kept = rows[: self.bank_size - self.next_row].to(self.bank.dtype)
-        self.bank[self.next_row : self.next_row + len(kept)] = kept
-        self.next_row = (self.next_row + len(kept)) % self.bank_size
+        """Replace the oldest rows of the bank; as in lightly, what is past its end is dropped.
+
+        The old bank stays as it is: a backward still needs it.
+        """
+        group = self._group()
+        if group is not None:
+            rows = _rows_of_all(rows, group)
+        rows = rows.to(self.bank)
+        # Computed on the device, in one shape: nothing waits for it, and no batch compiles anew.
+        # What has no place repeats the row in the last one.
+        last = self.bank_size - 1 - self.next_row
+        kept = torch.arange(len(rows), device=rows.device).minimum(last)
+        self.bank = self.bank.index_put((self.next_row + kept,), rows[kept])
+        self.next_row = (self.next_row + kept[-1] + 1) % self.bank_size
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, memory_bank_size={self.bank_size}"
+
+
+@torch.compiler.disable
+def _rows_of_all(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    from gcrl_kernels.contrastive.distributed import all_gather, check_same_shape
+
+    check_same_shape("out0, out1", len(rows), rows, group)
+    return all_gather(rows, group)

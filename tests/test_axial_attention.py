@@ -216,6 +216,32 @@ def test_compiles_whole(dynamic) -> None:
         torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole_with_every_option(dynamic) -> None:
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=dynamic)
+    def compiled(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, scale: float):
+        out, lse = axial_attention(
+            q * 2, k, v, 1, scale=scale, bias=bias, mask=mask, return_lse=True
+        )
+        return out * 3, lse
+
+    for width in (10, 11):
+        inputs = [*images(3, width), torch.randn(3, width, width)]
+        inputs = [tensor.double().requires_grad_() for tensor in inputs]
+        q, k, v, bias = inputs
+        mask = torch.rand(2, 3, width) > 0.3
+        with torch._dynamo.config.patch(recompile_limit=1 if dynamic else 2):
+            out, lse = compiled(*inputs, mask, 0.3)
+        expected = 3 * plain(q * 2, k, v, bias, axis=1, scale=0.3, mask=mask)
+        torch.testing.assert_close(out, expected)
+        options = {"scale": 0.3, "bias": bias, "mask": mask, "return_lse": True}
+        torch.testing.assert_close(lse, axial_attention(q * 2, k, v, 1, **options)[1])
+        gradients = [torch.autograd.grad(o.sin().sum(), inputs) for o in (out, expected)]
+        torch.testing.assert_close(*gradients)
+
+
 def test_compiled_errors_say_the_same() -> None:
     q, k, v = images(2, 3)
     compiled = torch.compile(lambda q, k, v: axial_attention(q, k, v, 0), fullgraph=True)
@@ -237,6 +263,20 @@ def test_autocast_casts_the_tensors_and_not_the_mathematics() -> None:
     assert torch.equal(gradient, expected_gradient.float())
     with torch.autocast("cpu", torch.bfloat16):
         assert axial_attention(q.double(), k.double(), v.double(), 1).dtype == torch.float64
+
+
+def test_autocast_casts_the_packed_tensor() -> None:
+    qkv = torch.stack(images(4, 6), 3).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = axial_attention_packed(qkv, 0)
+        (gradient,) = torch.autograd.grad(out.float().sum(), qkv, retain_graph=True)
+    assert out.dtype == torch.bfloat16
+    half = qkv.detach().bfloat16().requires_grad_()
+    expected = axial_attention_packed(half, 0)
+    assert torch.equal(out, expected)
+    (expected_gradient,) = torch.autograd.grad(expected.float().sum(), half)
+    assert gradient.dtype == torch.float32
+    assert torch.equal(gradient, expected_gradient.float())
 
 
 def test_an_empty_batch() -> None:
@@ -269,6 +309,8 @@ BAD = [
     ({"causal": 1}, TypeError, "causal: expected True or False, got int"),
     ({"return_lse": None}, TypeError, "return_lse: expected True or False, got NoneType"),
     ({"scale": "1"}, TypeError, "scale: expected a number, got str"),
+    ({"scale": torch.nan}, ValueError, "scale: expected a finite number, got nan"),
+    ({"scale": -torch.inf}, ValueError, "scale: expected a finite number, got -inf"),
     (
         {"bias": Q[0, 0]},
         ValueError,

@@ -133,6 +133,27 @@ def test_levels_hold_until_the_end_and_unknown_ones_raise() -> None:
         torch.ops.gcrl_kernels_cpu.set_cpu_level("mmx")
 
 
+NO_TRITON = """
+import sys
+sys.modules["triton"] = None  # importing it fails
+import torch, gcrl_kernels, gcrl_kernels.modules
+from gcrl_kernels.backends import unavailable
+q = torch.rand(1, 2, 3, 1, 4)
+assert gcrl_kernels.axial_attention(q, q, q, 0).shape == q.shape
+print(unavailable("triton"))
+"""
+
+
+def test_without_triton_everything_else_works(root: Path) -> None:
+    command = [sys.executable, "-c", NO_TRITON]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "the package triton is not installed"
+
+
 def test_report_names_versions_libraries_and_reasons(without) -> None:
     from gcrl_kernels.__main__ import report
 

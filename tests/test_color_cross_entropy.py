@@ -222,6 +222,23 @@ def test_a_second_backward_gives_the_same(backend, reduction) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_backward_may_overwrite_the_logits(backend, reduction, dtype) -> None:
+    leaf, pixels, palette = scene(4, 5)
+    leaf = leaf.to(dtype).requires_grad_()
+    options = {"reduction": reduction, "z_loss": 0.01, "backend": backend}
+    results = []
+    for inplace in (False, True):
+        logits = leaf * 2  # nobody else's: whether they are overwritten does not show
+        loss = color_cross_entropy(logits, pixels, palette, inplace_backward=inplace, **options)
+        upstream = torch.linspace(0.5, 1.5, loss.numel()).view(loss.shape)
+        results.append((loss, *torch.autograd.grad(loss, leaf, upstream)))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert results[0][1].any()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradcheck(reduction) -> None:
     torch.manual_seed(0)
@@ -267,7 +284,10 @@ def test_opcheck(reduction, needs_grad) -> None:
         torch.library.opcheck(ops.linear_color_cross_entropy, arguments)
         arguments = (logits.requires_grad_(), *targets, *options, False, "reference")
         torch.library.opcheck(ops.color_cross_entropy, arguments)
-    torch.library.opcheck(ops.quantize_colors, (pixels, palette, "reference"))
+    for backend in backends_here("quantize_colors"):
+        for dtype in (torch.uint8, torch.float32):
+            arguments = (pixels.to(dtype), palette.to(dtype), backend)
+            torch.library.opcheck(ops.quantize_colors, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -278,6 +298,7 @@ def test_compiles_whole(dynamic) -> None:
         return (
             linear_color_cross_entropy(hidden * 2, weight, pixels, palette, mask=mask),
             color_cross_entropy(logits, quantize_colors(pixels, palette), mask=mask),
+            color_cross_entropy(logits, pixels, palette, mask=mask),
         )
 
     for positions in (6, 7):
@@ -285,11 +306,11 @@ def test_compiles_whole(dynamic) -> None:
         hidden = torch.randn(positions, 4, requires_grad=True)
         weight, mask = torch.randn(11, 4), torch.rand(positions) > 0.4
         expected = plain((hidden * 2) @ weight.T, nearest(pixels, palette), mask=mask)
-        linear, of_logits = compiled(hidden, weight, pixels, palette, mask)
-        torch.testing.assert_close(linear, expected)
-        torch.testing.assert_close(of_logits, expected)
-        (gradient,) = torch.autograd.grad(linear + 2 * of_logits, hidden)
-        torch.testing.assert_close(gradient, torch.autograd.grad(3 * expected, hidden)[0])
+        linear, of_tokens, of_pixels = compiled(hidden, weight, pixels, palette, mask)
+        for loss in (linear, of_tokens, of_pixels):
+            torch.testing.assert_close(loss, expected)
+        (gradient,) = torch.autograd.grad(linear + 2 * of_tokens + 3 * of_pixels, hidden)
+        torch.testing.assert_close(gradient, torch.autograd.grad(6 * expected, hidden)[0])
 
 
 def test_compiled_errors_say_the_same() -> None:
@@ -303,20 +324,22 @@ def test_autocast_casts_the_product_and_never_the_colours() -> None:
     # 255 and 254.6 are the same in bfloat16: these colours must stay apart.
     palette = torch.arange(11)[:, None] * 0.4 + torch.tensor([251.0, 0.0, 0.0])
     pixels = palette[[3, 9, 10, 8, 7, 0]]
-    tokens = torch.tensor([3, 9, 10, 8, 7, 0])
+    tokens, logits = torch.tensor([3, 9, 10, 8, 7, 0]), hidden @ weight.T + bias
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_color_cross_entropy(hidden, weight, pixels, palette, bias=bias)
         same = linear_color_cross_entropy(hidden, weight, tokens, bias=bias)
-        of_logits = color_cross_entropy(hidden @ weight.T + bias, pixels, palette)
+        of_logits = color_cross_entropy(logits, pixels, palette)
     assert loss.dtype == of_logits.dtype == torch.float32
     assert torch.equal(loss, same)
     halves = [tensor.detach().bfloat16() for tensor in (hidden, weight, bias)]
     expected = linear_color_cross_entropy(*halves[:2], tokens, bias=halves[2])
     assert torch.equal(loss, expected)
     assert not torch.equal(loss, linear_color_cross_entropy(hidden, weight, tokens, bias=bias))
-    (gradient,) = torch.autograd.grad(loss, weight)
-    assert gradient.dtype == torch.float32
-    torch.testing.assert_close(of_logits, expected, rtol=0.02, atol=0.02)
+    assert torch.equal(of_logits, color_cross_entropy(logits.bfloat16(), tokens))
+    assert not torch.equal(of_logits, color_cross_entropy(logits, tokens))
+    for each in (loss, of_logits):
+        (gradient,) = torch.autograd.grad(each, weight)
+        assert gradient.dtype == torch.float32
 
 
 def test_no_positions() -> None:
@@ -358,7 +381,10 @@ BAD = [
     ),
     ({"label_smoothing": 1.5}, ValueError, "label_smoothing: expected 0 to 1, got 1.5"),
     ({"label_smoothing": "a"}, TypeError, "label_smoothing: expected a number, got str"),
+    ({"label_smoothing": torch.nan}, ValueError, "label_smoothing: expected a finite number, got"),
     ({"z_loss": -1}, ValueError, "z_loss: expected at least 0, got -1"),
+    ({"z_loss": torch.inf}, ValueError, "z_loss: expected a finite number, got inf"),
+    ({"z_loss": None}, TypeError, "z_loss: expected a number, got NoneType"),
     ({"return_z_loss": 1}, TypeError, "return_z_loss: expected True or False, got int"),
     ({"inplace_backward": 1}, TypeError, "inplace_backward: expected True or False, got int"),
     ({"backend": "fast"}, ValueError, "backend: expected .*got 'fast'"),

@@ -146,6 +146,10 @@ def test_gradcheck(further) -> None:
         return nt_xent(z0, z1, temperature=tau, negatives=negatives, reduction="none")
 
     torch.autograd.gradcheck(function, (z0, z1, tau))
+    columns = torch.randn(2, 4, dtype=torch.float64)  # they get no gradient
+    torch.autograd.gradcheck(
+        lambda rows, tau: ops.block_lse(rows, columns, tau, 0.0, None, "reference"), (z0, tau)
+    )
 
 
 def test_a_second_derivative_raises() -> None:
@@ -162,6 +166,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.nt_xent, (z0, z1, torch.randn(2, 5), tau, 0.0, False, "reference"))
     rows, lse = torch.randn(4, 5), torch.rand(4)
     torch.library.opcheck(ops.block_lse, (rows, rows, None, 0.5, 0, "reference"))
+    torch.library.opcheck(ops.block_lse, (z0, rows, tau, 0.0, None, "reference"))
     block = (rows, lse, lse, rows, lse, lse, None, 0.5, None)
     torch.library.opcheck(ops.block_gradient, (*block, "reference"))
 
@@ -181,6 +186,17 @@ def test_compiles_whole(dynamic) -> None:
             *(torch.autograd.grad(loss, inputs) for loss in losses), strict=True
         ):
             torch.testing.assert_close(actual, expected)
+
+
+def test_a_number_may_be_dynamic() -> None:
+    compiled = torch.compile(
+        lambda z0, z1, tau: nt_xent(z0, z1, temperature=tau),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for temperature in (0.3, 0.7):
+        torch.testing.assert_close(compiled(*views(), temperature), plain(*views(), temperature))
 
 
 def test_compiled_errors_say_the_same() -> None:
@@ -217,6 +233,9 @@ BAD = [
     ({"negatives": Z.to("meta")}, ValueError, "negatives: expected the device of z0"),
     ({"temperature": 0}, ValueError, "temperature: expected a number other than 0, got 0"),
     ({"temperature": "1"}, TypeError, "temperature: expected a number, got str"),
+    ({"temperature": torch.nan}, ValueError, "temperature: expected a finite number, got nan"),
+    ({"temperature": torch.inf}, ValueError, "temperature: expected a finite number, got inf"),
+    ({"temperature": 10**400}, ValueError, "temperature: expected a finite number, got 1000"),
     (
         {"temperature": Z},
         ValueError,

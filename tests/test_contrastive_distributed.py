@@ -11,9 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from gcrl_kernels import nt_xent
+from gcrl_kernels.contrastive.distributed import anchor_losses
+from gcrl_kernels.modules import NTXentLoss
 
 IMAGES, FEATURES = 3, 4
 
@@ -117,6 +120,46 @@ def run_uneven(rank: int, ranks: int, folder: str) -> None:
 
 def test_uneven_batches_are_an_error_on_every_rank(tmp_path) -> None:
     mp.spawn(run_uneven, (2, str(tmp_path)), nprocs=2)
+
+
+def run_with_a_memory_bank(rank: int, ranks: int, folder: str) -> None:
+    start(rank, ranks, folder)
+    torch.manual_seed(0)
+    z0, z1 = torch.randn(2, ranks, 3, 5)  # every rank's
+    bank = normalize(torch.randn(8, 5), dim=1)
+    together, alone = (
+        NTXentLoss(0.2, memory_bank_size=(8, 5), gather_distributed=distributed)
+        for distributed in (True, False)
+    )
+    for module in (together, alone):
+        module.bank.copy_(bank)
+    own = z0[rank].clone().requires_grad_(), z1[rank]
+    assert torch.equal(together(*own), alone(*own))
+    torch.testing.assert_close(together.bank[: 3 * ranks], normalize(z1.flatten(0, 1), dim=1))
+    assert torch.equal(together.bank[3 * ranks :], bank[3 * ranks :])
+    uneven = torch.randn(3 + rank, 5, requires_grad=True)
+    with pytest.raises(ValueError, match=r"out0, out1: expected the same shape .* has \[4, 5\]"):
+        together(uneven, uneven)
+    stop()
+
+
+def test_a_memory_bank_takes_every_ranks_views(tmp_path) -> None:
+    mp.spawn(run_with_a_memory_bank, (2, str(tmp_path)), nprocs=2)
+
+
+def test_the_collectives_break_a_compiled_graph(tmp_path) -> None:
+    start(0, 1, str(tmp_path))
+    try:
+        z, options = torch.randn(6, 4), (dist.group.WORLD, "all", True, "reference")
+
+        def function(z: Tensor) -> Tensor:
+            return anchor_losses(z.sin(), None, None, 0.5, *options)
+
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(function, backend="eager", fullgraph=True)(z)
+        assert torch.equal(torch.compile(function, backend="eager")(z), function(z))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_group_of_one_is_this_process(tmp_path) -> None:

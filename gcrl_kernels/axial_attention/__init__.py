@@ -37,7 +37,7 @@ def axial_attention(
         axis: the grid dimension to attend along: for an image 0 is down columns, 1 along rows;
             negative counts back within the grid. N is its length.
         causal: a position attends to itself and those before it.
-        scale: of the scores; 1/sqrt(D) by default.
+        scale: of the scores, finite; 1/sqrt(D) by default.
         bias: [heads, N, N], floating point, added to the scaled scores; it may require a gradient.
         mask: bool [B, *grid]; True may be attended to. A query with nothing to attend to gives
             zeros.
@@ -106,8 +106,7 @@ def _check_options(
 ) -> tuple[Any, ...]:
     """The operators' options: bias, mask, axis (not negative), causal, scale."""
     grid, heads, features = q.shape[1:-2], q.shape[-2], q.shape[-1]
-    if isinstance(axis, bool) or not isinstance(axis, int):
-        raise checks.type_error("axis", "an integer", type(axis).__name__)
+    checks.check_integer("axis", axis)
     if not -len(grid) <= axis < len(grid):
         raise checks.value_error("axis", f"{-len(grid)} to {len(grid) - 1} for this grid", axis)
     axis %= len(grid)

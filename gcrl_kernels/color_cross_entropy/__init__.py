@@ -63,7 +63,8 @@ def color_cross_entropy(
         reduction: "mean" over the positions that count (none gives NaN), "sum" or "none".
         label_smoothing: share of the target spread evenly over the colours, 0 to 1 (arXiv
             1512.00567).
-        z_loss: weight of the square of the log-sum-exp, added to the loss (arXiv 2204.02311).
+        z_loss: weight of the square of the log-sum-exp, at least 0 and finite, added to the loss
+            (arXiv 2204.02311).
         return_z_loss: also return that part of the loss, without a gradient.
         inplace_backward: allow the backward to overwrite the logits with their gradient.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the logits' device.

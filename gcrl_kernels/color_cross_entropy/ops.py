@@ -7,6 +7,7 @@ accumulation dtype, so that they do not vanish in half precision.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -195,8 +196,8 @@ def _loss_shapes(hidden: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor
     return (
         hidden.new_empty(reduced, dtype=dtype),
         hidden.new_empty(reduced, dtype=dtype),
-        hidden.new_empty(shape.numel(), dtype=dtype),
-        hidden.new_empty(shape.numel(), dtype=torch.int64),
+        hidden.new_empty(prod(shape), dtype=dtype),
+        hidden.new_empty(prod(shape), dtype=torch.int64),
     )
 
 
@@ -205,7 +206,7 @@ def _linear_shapes(
 ) -> tuple[Tensor, ...]:
     reduction, _, _, needs_sum_grad = options
     dtype, (colors, features) = accumulation_dtype(hidden.dtype), weight.shape
-    positions, colors = (hidden.shape[:-1].numel(), colors) if needs_sum_grad else (0, 0)
+    positions, colors = (prod(hidden.shape[:-1]), colors) if needs_sum_grad else (0, 0)
     return (
         *_loss_shapes(hidden, reduction),
         hidden.new_empty(positions, features),

@@ -42,8 +42,7 @@ def fit_palette(
     """
     check_pixels(pixels)
     for name, value, least in (("colors", colors, 1), ("iterations", iterations, 0)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise checks.type_error(name, "an integer", type(value).__name__)
+        checks.check_integer(name, value)
         checks.check_at_least(name, value, least)
     flat = pixels.detach().reshape(-1, 3)
     if len(flat) < colors:

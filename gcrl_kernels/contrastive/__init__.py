@@ -34,7 +34,7 @@ def nt_xent(
 
     Args:
         z0, z1: [N, D], floating point, one dtype: the two views; row i of both is image i.
-        temperature: a number other than 0, or a tensor of one element, which may require a
+        temperature: a finite number other than 0, or a tensor of one element, which may require a
             gradient.
         normalize: divide each embedding by its length (at least 1e-12, as
             torch.nn.functional.normalize).
@@ -43,7 +43,8 @@ def nt_xent(
         group: None compares within this process. With a process group every rank's views are
             compared with all; the loss is that of the own anchors, and the gradients are such that
             averaging the parameters' over the ranks (DDP, FSDP) gives those of the joint batch.
-            Every rank needs the same N.
+            Every rank needs the same N. The collectives run outside a compiled graph: torch.compile
+            breaks it there, and with fullgraph=True raises.
         gather: with a group, "all" holds every rank's embeddings at once, "ring" those of two
             ranks.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the views' device.
@@ -55,16 +56,7 @@ def nt_xent(
         TypeError, ValueError: an argument of another type, dtype, shape or device than stated.
         BackendUnavailableError: a backend asked for by name cannot serve here.
     """
-    checks.check_floating("z0", z0)
-    checks.check_dimensions("z0", z0, 2, "[N, D]")
-    if 0 in z0.shape:
-        raise checks.value_error(
-            "z0", "[N, D] with at least one image and one feature", checks.shape(z0)
-        )
-    checks.check_floating("z1", z1)
-    checks.check_shape("z1", z1, z0.shape, "of z0")
-    checks.check_same_dtype("z1", z1, "z0", z0)
-    checks.check_same_device("z1", z1, "z0", z0)
+    check_views(z0, z1)
     if negatives is not None:
         checks.check_floating("negatives", negatives)
         checks.check_dimensions("negatives", negatives, 2, "[M, D]")
@@ -88,6 +80,20 @@ def nt_xent(
     if reduction == "none":
         return losses
     return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def check_views(z0: Tensor, z1: Tensor, name0: str = "z0", name1: str = "z1") -> None:
+    """Raise unless both are [N, D], floating point, of one dtype on one device."""
+    checks.check_floating(name0, z0)
+    checks.check_dimensions(name0, z0, 2, "[N, D]")
+    if 0 in z0.shape:
+        raise checks.value_error(
+            name0, "[N, D] with at least one image and one feature", checks.shape(z0)
+        )
+    checks.check_floating(name1, z1)
+    checks.check_shape(name1, z1, z0.shape, f"of {name0}")
+    checks.check_same_dtype(name1, z1, name0, z0)
+    checks.check_same_device(name1, z1, name0, z0)
 
 
 def _temperature(temperature: float | Tensor, z0: Tensor) -> tuple[Tensor | None, float]:

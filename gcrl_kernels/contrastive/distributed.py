@@ -38,9 +38,9 @@ class _AnchorLosses(torch.autograd.Function):
         same_gradient: bool,
         backend: str,
     ) -> Tensor:
-        _check_same_shape(z, group)
+        check_same_shape("z0, z1", len(z) // 2, z, group)
         tau = (temperature, temperature_value)
-        gathered = _all_gather(z, group) if gather == "all" else None
+        gathered = all_gather(z, group) if gather == "all" else None
         blocks = _ring((z,), group)
         if gathered is not None:
             blocks = iter([(dist.get_rank(group) * len(z), (gathered,))])
@@ -49,7 +49,7 @@ class _AnchorLosses(torch.autograd.Function):
             lse = lse.logaddexp(ops.block_lse(z, columns, *tau, diagonal, backend))
         if negatives is not None:
             lse = lse.logaddexp(ops.block_lse(z, negatives, *tau, None, backend))
-        gathered_lse = _all_gather(lse, group) if gather == "all" else None
+        gathered_lse = all_gather(lse, group) if gather == "all" else None
         ctx.save_for_backward(z, negatives, temperature, lse, gathered, gathered_lse)
         ctx.options = (temperature_value, group, same_gradient, backend)
         return lse - reference.positive_scores(z) / (
@@ -95,7 +95,7 @@ def _columns(
     if gathered is None or gathered_lse is None:
         yield from _ring((z, lse, grad.contiguous()), group)
     else:
-        all_grad = grad[:1].expand_as(gathered_lse) if same_gradient else _all_gather(grad, group)
+        all_grad = grad[:1].expand_as(gathered_lse) if same_gradient else all_gather(grad, group)
         yield dist.get_rank(group) * len(z), (gathered, gathered_lse, all_grad)
 
 
@@ -120,15 +120,17 @@ def _ring(
             tensors = received
 
 
-def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor, group=group)
     return torch.cat(parts)
 
 
-def _check_same_shape(z: Tensor, group: dist.ProcessGroup) -> None:
-    shapes = _all_gather(torch.tensor([z.shape], device=z.device), group).tolist()
-    if any(shape != shapes[0] for shape in shapes):
-        views = ", ".join(f"rank {rank} has [{n // 2}, {d}]" for rank, (n, d) in enumerate(shapes))
-        raise ValueError(f"z0, z1: expected the same shape [N, D] on every rank, got: {views}")
+def check_same_shape(names: str, count: int, z: Tensor, group: dist.ProcessGroup) -> None:
+    """Raise ValueError unless every process has as many images, `count`, and features, z's last."""
+    shape = torch.tensor([[count, z.shape[-1]]], device=z.device)
+    shapes = all_gather(shape, group).tolist()
+    if any(other != shapes[0] for other in shapes):
+        views = ", ".join(f"rank {rank} has [{n}, {d}]" for rank, (n, d) in enumerate(shapes))
+        raise ValueError(f"{names}: expected the same shape [N, D] on every rank, got: {views}")

@@ -1,7 +1,8 @@
 """The operators of NT-Xent: schemas, shapes and gradients.
 
 `nt_xent` is the loss of the views of one process. The block operators are its parts, some rows
-against some columns, from which the loss over several processes is put together.
+against some columns, from which the loss over several processes is put together, and the one
+against a memory bank. The columns of `block_lse` get no gradient.
 """
 
 from __future__ import annotations
@@ -64,6 +65,23 @@ def _gradient(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...
     return dz0, dz1, None, dtemperature if ctx.needs_input_grad[3] else None, None, None, None
 
 
+def _block_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, temperature_value, diagonal, backend = inputs
+    ctx.save_for_backward(*tensors, output)
+    ctx.options = (temperature_value, diagonal, backend)
+
+
+def _block_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    rows, columns, temperature, lse = ctx.saved_tensors
+    drows, dtemperature = block_gradient(
+        rows, lse, grad, columns, None, None, temperature, *ctx.options
+    )
+    if temperature is not None:
+        dtemperature = dtemperature.to(temperature.dtype)
+    return drows, None, dtemperature if ctx.needs_input_grad[2] else None, None, None, None
+
+
 differentiate(nt_xent, _setup, _gradient)
-for _operator in (_nt_xent_backward, block_lse, block_gradient):
+differentiate(block_lse, _block_setup, _block_gradient)
+for _operator in (_nt_xent_backward, block_gradient):
     once_differentiable(_operator, "nt_xent")
