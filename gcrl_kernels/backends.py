@@ -6,22 +6,48 @@ A backend that is asked for by name and cannot serve raises; only `None` may cho
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Operator -> the backends that implement it, best first.
+
+class Choice(NamedTuple):
+    """What `None` takes for an operator on a type of device: the first backend that serves."""
+
+    operator: str
+    device: str
+    backends: tuple[str, ...]  # best first
+    results: str | None = None  # the file under benchmarks/results/ that shows it; None: no two
+
+
+CHOICES = (
+    Choice("axial_attention", "cpu", ("cpu", "reference"), "cpu.json"),
+    Choice("axial_attention", "cuda", ("triton", "cuda", "reference")),
+    Choice("quantize_colors", "cpu", ("cpu", "reference"), "cpu.json"),
+    Choice("quantize_colors", "cuda", ("cuda", "reference")),
+    Choice("color_cross_entropy", "cpu", ("reference",)),
+    Choice("color_cross_entropy", "cuda", ("reference",)),
+    Choice("linear_color_cross_entropy", "cpu", ("reference",)),
+    Choice("linear_color_cross_entropy", "cuda", ("reference",)),
+    Choice("nt_xent", "cpu", ("reference",)),
+    Choice("nt_xent", "cuda", ("reference",)),
+)
+
+# Operator -> the backends that implement it, on one type of device or another.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "axial_attention": ("reference",),
-    "quantize_colors": ("cuda", "cpu", "reference"),
-    "color_cross_entropy": ("reference",),
-    "linear_color_cross_entropy": ("reference",),
-    "nt_xent": ("reference",),
+    operator: tuple(
+        backend
+        for backend in ("triton", "cuda", "cpu", "reference")
+        if any(c.operator == operator and backend in c.backends for c in CHOICES)
+    )
+    for operator in dict.fromkeys(choice.operator for choice in CHOICES)
 }
+_BEST = {(choice.operator, choice.device): choice.backends for choice in CHOICES}
 
 # Backend -> the type of device whose tensors it serves; the reference serves every one.
 _SERVES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
@@ -84,18 +110,25 @@ def is_loaded(backend: str) -> bool:
     return backend in LIBRARIES and backend not in _MISSING
 
 
-def choose(operator: str, requested: str | None, tensor: torch.Tensor) -> str:
+def choose(
+    operator: str,
+    requested: str | None,
+    tensor: torch.Tensor,
+    cannot: Callable[[str], str | None] = lambda backend: None,
+) -> str:
     """The backend that runs `operator` on `tensor`: `requested`, or the best one if that is None.
+
+    `cannot` says why a backend's kernels do not take these arguments; None where they do.
 
     Raises:
         ValueError: `requested` is none of `BACKENDS`.
         BackendUnavailableError: it does not implement the operator, is not built, or serves
-            another device.
+            another device or other arguments.
     """
     device = tensor.device.type
     if requested is None:
-        for backend in IMPLEMENTED[operator]:
-            if _obstacle(backend, device) is None:
+        for backend in _BEST.get((operator, device), ("reference",)):
+            if _obstacle(backend, device) is None and cannot(backend) is None:
                 return backend
         raise BackendUnavailableError(f"{operator}: no backend serves a tensor on {device!r}")
     _check_name(requested)
@@ -104,7 +137,7 @@ def choose(operator: str, requested: str | None, tensor: torch.Tensor) -> str:
         raise BackendUnavailableError(
             f"backend {requested!r} cannot run {operator}: only {implemented} can"
         )
-    obstacle = _obstacle(requested, device)
+    obstacle = _obstacle(requested, device) or cannot(requested)
     if obstacle is not None:
         raise BackendUnavailableError(f"backend {requested!r} cannot run {operator}: {obstacle}")
     return requested

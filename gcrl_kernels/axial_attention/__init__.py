@@ -65,7 +65,7 @@ def axial_attention(
         checks.check_same_device(name, tensor, "q", q)
     options = _check_options(q, axis, causal, scale, bias, mask, return_lse)
     q, k, v = autocast(q, k, v)
-    out, lse = ops.forward(q, k, v, *options, choose("axial_attention", backend, q))
+    out, lse = ops.forward(q, k, v, *options, _choose(backend, q, axis))
     return (out, lse.float()) if return_lse else out
 
 
@@ -91,8 +91,15 @@ def axial_attention_packed(
         raise checks.value_error("qkv", layout, checks.shape(qkv))
     options = _check_options(qkv.select(-3, 0), axis, causal, scale, bias, mask, return_lse)
     (qkv,) = autocast(qkv)
-    out, lse = ops.packed_forward(qkv, *options, choose("axial_attention", backend, qkv))
+    out, lse = ops.packed_forward(qkv, *options, _choose(backend, qkv.select(-3, 0), axis))
     return (out, lse.float()) if return_lse else out
+
+
+def _choose(backend: str | None, q: Tensor, axis: int) -> str:
+    length, features = q.shape[:-2][axis % (q.dim() - 3) + 1], q.shape[-1]
+    return choose(
+        "axial_attention", backend, q, lambda name: ops.cannot(name, length, features, q.dtype)
+    )
 
 
 def _check_options(

@@ -6,28 +6,66 @@ gradient is one tensor too.
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gcrl_kernels.axial_attention import reference
+from gcrl_kernels.axial_attention.launch import (
+    Implementation,
+    implementation,
+    of_tensors_apart,
+)
 from gcrl_kernels.operators import accumulation_dtype, define, differentiate, once_differentiable
 
 _OPTIONS = "Tensor? bias, Tensor? mask, int axis, bool causal, float scale"
 
 
-def _packed_forward(qkv: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.unbind(-3)
-    return reference.forward(q, k, v, *options)
+def _compiled(backend: str) -> Implementation:
+    library = getattr(torch.ops, f"gcrl_kernels_{backend}")
+    return implementation(
+        lambda *arguments: library.axial_attention(*arguments),
+        lambda *arguments: library.axial_attention_backward(*arguments),
+    )
 
 
-def _packed_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.unbind(-3)
-    *dqkv, dbias = reference.backward(grad, q, k, v, out, lse, *options)
-    return torch.stack(dqkv, -3), dbias
+def _triton(name: str) -> Callable[..., None]:
+    """A launcher, imported when it is first called: not every machine has Triton."""
+
+    def launch(*arguments: Any) -> None:
+        getattr(importlib.import_module(f"{__package__}.triton_kernels"), name)(*arguments)
+
+    return launch
+
+
+IMPLEMENTATIONS = {
+    "reference": of_tensors_apart(reference.forward, reference.backward),
+    "cpu": _compiled("cpu"),
+    "cuda": _compiled("cuda"),
+    "triton": implementation(_triton("forward"), _triton("backward")),
+}
+
+
+HALVES_AND_SINGLES = (torch.float16, torch.bfloat16, torch.float32)
+GPU_LONGEST, GPU_FEATURES = 1024, range(16, 129, 8)
+
+
+def cannot(backend: str, length: int, features: int, dtype: torch.dtype) -> str | None:
+    """Why a backend's kernels do not take rows of this length, features and dtype."""
+    if backend == "reference":
+        return None
+    if dtype not in HALVES_AND_SINGLES:
+        return f"it takes float16, bfloat16 and float32, got {dtype}"
+    if backend == "cpu":
+        return None
+    if length > GPU_LONGEST:
+        return f"it takes rows of up to {GPU_LONGEST} positions, got {length}"
+    if features not in GPU_FEATURES:
+        return f"it takes 16 to 128 features a head in multiples of 8, got {features}"
+    return None
 
 
 def _forward_shapes(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,13 +83,13 @@ def _bias_shape(q: Tensor, bias: Tensor | None, bias_needs_grad: bool) -> Tensor
 
 forward = define(
     f"axial_attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}, str backend) -> (Tensor, Tensor)",
-    {"reference": reference.forward},
+    {name: each.forward for name, each in IMPLEMENTATIONS.items()},
     lambda q, *rest: _forward_shapes(q),
 )
 backward = define(
     "axial_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_OPTIONS}, bool bias_needs_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    {"reference": reference.backward},
+    {name: each.backward for name, each in IMPLEMENTATIONS.items()},
     lambda grad, q, k, v, out, lse, bias, *rest: (
         *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)),
         _bias_shape(q, bias, rest[-1]),
@@ -59,13 +97,13 @@ backward = define(
 )
 packed_forward = define(
     f"axial_attention_packed(Tensor qkv, {_OPTIONS}, str backend) -> (Tensor, Tensor)",
-    {"reference": _packed_forward},
+    {name: each.packed_forward for name, each in IMPLEMENTATIONS.items()},
     lambda qkv, *rest: _forward_shapes(qkv.select(-3, 0)),
 )
 packed_backward = define(
     "axial_attention_packed_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, "
     f"{_OPTIONS}, bool bias_needs_grad, str backend) -> (Tensor, Tensor)",
-    {"reference": _packed_backward},
+    {name: each.packed_backward for name, each in IMPLEMENTATIONS.items()},
     lambda grad, qkv, out, lse, bias, *rest: (
         torch.empty_like(qkv, memory_format=torch.contiguous_format),
         _bias_shape(qkv, bias, rest[-1]),

@@ -1,0 +1,72 @@
+#pragma once
+
+#include <stdint.h>
+
+namespace gcrl_kernels {
+
+enum class RowType { kFloat32, kFloat16, kBFloat16 };
+
+// What all rows of a call have in common: `length` positions that attend to one another, with
+// `features` numbers each.
+struct RowShape {
+  RowType type;
+  int64_t length, features;
+  bool causal;
+  float scale;
+};
+
+// One head's row in a tensor: its first element, and how many elements lie between positions. The
+// features of a position lie side by side. No data: there is no such row.
+struct Row {
+  void* data;
+  int64_t stride;
+};
+
+// The rows of one head at one place, and what is added to their scores. Padded means that a row has
+// padded(length) numbers. `next` are the rows that the thread reads after these, fetched meanwhile.
+struct ForwardRow {
+  Row q, k, v, out;
+  float* lse;  // [length], lse_stride apart
+  int64_t lse_stride;
+  const float* bias;     // [length, padded], or null
+  const float* allowed;  // [padded], 0 or minus infinity for each key, or null
+  Row next[3];
+};
+
+struct BackwardRow {
+  Row q, k, v, grad, dq, dk, dv;
+  const float* lse;
+  int64_t lse_stride;
+  const float* bias;
+  const float* allowed;
+  float* dbias;  // [length, padded], which the gradient is added to, or null
+  Row next[4];
+};
+
+// One instruction set's kernels. They work in float32, in scratch memory that is aligned to 64
+// bytes and belongs to one thread.
+struct RowKernels {
+  int64_t (*forward_scratch)(const RowShape& shape);  // in floats
+  int64_t (*backward_scratch)(const RowShape& shape);
+  void (*forward)(const RowShape& shape, const ForwardRow& row, float* scratch);
+  void (*backward)(const RowShape& shape, const BackwardRow& row, float* scratch);
+};
+
+// How far apart rows of `length` numbers lie in scratch memory: whole vectors of every instruction
+// set, and no multiple of 1 KB, so that a column of them does not fall on a few cache lines.
+constexpr int64_t padded(int64_t length) {
+  const int64_t whole = (length + 15) / 16 * 16;
+  return whole % 256 == 0 ? whole + 16 : whole;
+}
+
+namespace portable {
+extern const RowKernels row_kernels;
+}
+namespace avx2 {
+extern const RowKernels row_kernels;
+}
+namespace avx512 {
+extern const RowKernels row_kernels;
+}
+
+}  // namespace gcrl_kernels
