@@ -27,7 +27,7 @@ class Choice(NamedTuple):
 
 CHOICES = (
     Choice("axial_attention", "cpu", ("cpu", "reference"), "cpu.json"),
-    Choice("axial_attention", "cuda", ("triton", "cuda", "reference")),
+    Choice("axial_attention", "cuda", ("reference",)),
     Choice("quantize_colors", "cpu", ("cpu", "reference"), "cpu.json"),
     Choice("quantize_colors", "cuda", ("cuda", "reference")),
     Choice("color_cross_entropy", "cpu", ("reference",)),
