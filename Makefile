@@ -18,7 +18,7 @@ TESTS_LIMIT ?= 480
 BIN := .venv/bin
 READY := .venv/ready
 SOURCES := $(wildcard csrc/*/*)
-CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/cuda_emulator/*))
+CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/cuda_emulator/* tests/cuda_emulator/*/*))
 
 .PHONY: setup train test lint bench gpu
 

@@ -130,21 +130,22 @@ def _ninja_file(
 ) -> str:
     """The rules for C++ and CUDA, then a statement per source file and one per library."""
     cxx = shlex.split(compiler)
-    nvcc = [find_nvcc() or "nvcc", *(["-ccbin", compiler] if len(cxx) == 1 else [])]
-    common = ["-std=c++20", "-O3", TORCH, f"-I{ROOT / 'csrc'}"]
-    common += [flag for path in includes for flag in ("-isystem", path)]
     host = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
-    device = ["-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-v"]
-    device += ["--expt-relaxed-constexpr"]
-    device += [f"-gencode={gencode(architecture)}" for architecture in ARCHITECTURES.split()]
     link = [*(f"-L{path}" for path in libraries), "-lc10", "-ltorch", "-ltorch_cpu"]
     lines = [
-        *_compile_rule("cpu", [*cxx, *common, *host]),
-        *_compile_rule("cuda", [*nvcc, *common, *device]),
+        *_compile_rule("cpu", [*cxx, *_common_flags(includes), *host]),
+        # What ptxas reports of each kernel stays beside the object.
+        *_compile_rule(
+            "cuda",
+            cuda_command(compiler, includes),
+            "> $out.log 2>&1 || failed=1; cat $out.log; test -z $$failed",
+        ),
         *_link_rule("link_cpu", [*cxx, "-shared"], ["-Wl,-z,defs", *link]),
         # What only a PyTorch with CUDA defines is left open, and found through libtorch there.
         *_link_rule(
-            "link_cuda", [*nvcc, "-shared", "-cudart=static"], ["-Xlinker=--no-as-needed", *link]
+            "link_cuda",
+            [*_nvcc(compiler), "-shared", "-cudart=static"],
+            ["-Xlinker=--no-as-needed", *link],
         ),
     ]
     for extension in extensions:
@@ -170,10 +171,29 @@ def gencode(architecture: str) -> str:
     return f"arch=compute_{number},code={code}"
 
 
-def _compile_rule(name: str, command: list[str]) -> list[str]:
+def cuda_command(compiler: str, includes: list[str]) -> list[str]:
+    """nvcc with what every CUDA file is compiled with."""
+    host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
+    architectures = [f"-gencode={gencode(name)}" for name in ARCHITECTURES.split()]
+    device = ["-DUSE_CUDA", host, "-Xptxas=-v", "--expt-relaxed-constexpr", "--threads=2"]
+    return [*_nvcc(compiler), *_common_flags(includes), *device, *architectures]
+
+
+def _nvcc(compiler: str) -> list[str]:
+    one_word = len(shlex.split(compiler)) == 1
+    return [find_nvcc() or "nvcc", *(["-ccbin", compiler] if one_word else [])]
+
+
+def _common_flags(includes: list[str]) -> list[str]:
+    torch = [flag for path in includes for flag in ("-isystem", path)]
+    return ["-std=c++20", "-O3", TORCH, f"-I{ROOT / 'csrc'}", *torch]
+
+
+def _compile_rule(name: str, command: list[str], afterwards: str = "") -> list[str]:
+    files = f"-MD -MF $out.d -c $in -o $out {afterwards}".rstrip()
     return [
         f"rule {name}",
-        f"  command = {_escape(command)} $flags -MD -MF $out.d -c $in -o $out",
+        f"  command = {_escape(command)} $flags {files}",
         "  depfile = $out.d",
         "  deps = gcc",
     ]

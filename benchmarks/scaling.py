@@ -4,7 +4,7 @@
     python -m benchmarks.scaling --write docs/scaling.md    puts them into the document
 
 Every time here is a floor: what the stated peak rates allow at best. Only the last table has times
-of a machine, as multiples of its own floors: those of benchmarks/results/cpu.json where it exists.
+of a machine, as multiples of its own floors: those of benchmarks/results/*_cpu.json.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from benchmarks.costs import (
 from benchmarks.results import FOLDER
 from gcrl.presets import CIFAR10
 
-RESULTS = FOLDER / "cpu.json"
+RESULTS = tuple(sorted(FOLDER.glob("*_cpu.json")))
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -203,13 +203,15 @@ TABLES = {
 }
 
 
-def measured_table(path: Path) -> str:
-    """How many times its floor each case took, from a file of results; a sentence if there is none.
+def measured_table(paths: Sequence[Path]) -> str:
+    """How many times its floor each case took, from files of results; a sentence if there is none.
 
     The floor is that of the same run, from the rates that it measured.
     """
-    if not path.exists():
-        return "No results have been recorded yet."
+    return "\n\n".join(map(_measured, paths)) or "No results have been recorded yet."
+
+
+def _measured(path: Path) -> str:
     content = json.loads(path.read_text(encoding="utf-8"))
     named = [(*name.rsplit(" ", 1), rate) for name, rate in content["floors"].items()]
     rates = ", ".join(f"{what} {amount(rate, unit)}" for what, unit, rate in named)
@@ -234,7 +236,7 @@ def measured_table(path: Path) -> str:
     return f"{line}\n\n{table(head, rows, words=3)}"
 
 
-def tables(results: Path = RESULTS) -> dict[str, str]:
+def tables(results: Sequence[Path] = RESULTS) -> dict[str, str]:
     """Every table of the document by its name."""
     return {name: make() for name, make in TABLES.items()} | {"measured": measured_table(results)}
 
@@ -258,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scaling", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the measured ones' file")
+    parser.add_argument("--results", type=Path, nargs="*", default=RESULTS, help="measured times")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the tables in FILE")
     given = parser.parse_args(arguments)
     try:

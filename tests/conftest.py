@@ -10,6 +10,7 @@ from types import ModuleType
 import missing
 import pytest
 import torch
+from emulation import Emulator
 
 missing.stand_in_for_hypothesis()
 from hypothesis import settings  # noqa: E402
@@ -59,6 +60,14 @@ def setup_script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def emulator(
+    root: Path, setup_script: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Emulator:
+    """Compiles CUDA kernels to run on the CPU."""
+    return Emulator(root, setup_script, tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

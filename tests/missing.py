@@ -66,7 +66,7 @@ def stand_in_for_hypothesis() -> None:
     module.__spec__ = ModuleSpec("hypothesis", None)
     module.given = lambda *_, **__: pytest.mark.skip(reason="hypothesis is not installed")
     module.settings = _Settings
-    module.strategies = MagicMock()
+    module.strategies = module.HealthCheck = MagicMock()
     _STAND_IN.update({"hypothesis": module, "hypothesis.strategies": module.strategies})
     sys.modules.update(_STAND_IN)
 

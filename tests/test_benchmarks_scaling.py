@@ -147,7 +147,7 @@ def test_measured_times_are_multiples_of_their_floor(tmp_path: Path) -> None:
                "floors": {"copied byte/s": 42e9}, "contests": [contest]}  # fmt: skip
     path = tmp_path / "results.json"
     path.write_text(json.dumps(content))
-    first, _, *lines = scaling.measured_table(path).splitlines()
+    first, _, *lines = scaling.measured_table([path]).splitlines()
     assert first == "a CPU, 2 threads, commit 0123456789; rates of that run: copied 42.0 Gbyte/s."
     assert lines[-1] == "| `nt_xent` | 2N 512, D 128 | forward | 1.5 | 2.5 |"
-    assert "No results" in scaling.measured_table(tmp_path / "none.json")
+    assert "No results" in scaling.measured_table([])

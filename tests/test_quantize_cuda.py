@@ -1,20 +1,17 @@
 """The CUDA quantize_colors: on the CPU in an emulator, and on a GPU where there is one.
 
-The emulator is compiled with a detector of data races where the compiler has one, so that a missing
-barrier between threads of a block is found.
+The emulator runs threads in a random order between barriers: a missing one shows in the results.
 """
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from emulation import SANITIZERS, Emulator
 
 from gcrl_kernels import backends
 
@@ -22,19 +19,9 @@ Quantize = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def emulated(root: Path, setup_script: ModuleType, tmp_path_factory) -> Quantize:
-    compiler = setup_script.find_compiler()
-    if compiler is None:
-        pytest.skip("no C++ compiler here")
-    folder = root / "tests" / "cuda_emulator"
-    program = tmp_path_factory.mktemp("emulator") / "quantize_colors"
-    common = ["-std=c++20", "-O1", "-g", "-pthread", f"-I{root / 'csrc'}", f"-I{folder}"]
-    command = [*shlex.split(compiler), *common, folder / "quantize_colors.cpp", "-o", program]
-    for flags in (["-fsanitize=thread"], []):
-        done = subprocess.run([*command, *flags], capture_output=True, text=True)
-        if done.returncode == 0 and not subprocess.run([program, "uint8", "0", "1"]).returncode:
-            break
-    assert done.returncode == 0, done.stderr
+def emulated(emulator: Emulator) -> Quantize:
+    flags = SANITIZERS if emulator.sanitizes() else ()
+    program = emulator.program("quantize_colors.cpp", *flags)
 
     def quantize(pixels: torch.Tensor, palette: torch.Tensor) -> torch.Tensor:
         name = str(pixels.dtype).removeprefix("torch.")

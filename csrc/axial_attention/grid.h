@@ -44,6 +44,10 @@ class Grid {
   int64_t rows() const { return rows_; }
   int64_t heads() const { return sizes_[outer_ - 1]; }
 
+  // The dimensions that tell the rows apart; the heads are the last.
+  int outer() const { return outer_; }
+  int64_t size(int dimension) const { return sizes_[dimension]; }
+
   // Of a tensor [B, *grid, heads, D], [B, *grid, heads], or [B, *grid], which has no stride over
   // heads.
   GridStrides strides(const torch::stable::Tensor& tensor) const {

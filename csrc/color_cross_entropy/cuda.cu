@@ -17,7 +17,7 @@ void run(const Tensor& pixels, const Tensor& palette, const Tensor& nearest) {
   const int64_t count = nearest.numel();
   const int64_t blocks = (count + kThreads * kPixels - 1) / (kThreads * kPixels);
   void (*kernel)(const Pixel*, int64_t, const Color*, int64_t, int64_t*) = nearest_color;
-  launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), pixels,
+  launch(kernel, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads)}, pixels,
          pixels.const_data_ptr<Pixel>(), count, palette.const_data_ptr<Color>(), palette.size(0),
          nearest.mutable_data_ptr<int64_t>());
 }

@@ -15,17 +15,42 @@
 
 namespace gcrl_kernels {
 
+inline constexpr int kSharedWithoutAsking = 48 << 10;
+
+// A kernel's blocks, and the bytes of dynamic shared memory that each has.
+struct Blocks {
+  dim3 grid, block;
+  int shared = 0;
+};
+
 // Launches a kernel on the device of a tensor, in PyTorch's current stream there.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
-            const torch::stable::Tensor& where, Arguments&&... arguments) {
+void launch(void (*kernel)(Parameters...), const Blocks& blocks, const torch::stable::Tensor& where,
+            Arguments&&... arguments) {
   const auto device = where.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(
+  if (blocks.shared > kSharedWithoutAsking) {
+    STD_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, blocks.shared));
+  }
+  kernel<<<blocks.grid, blocks.block, blocks.shared, static_cast<cudaStream_t>(stream)>>>(
       std::forward<Arguments>(arguments)...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
+
+// Of the device of a tensor.
+struct Device {
+  explicit Device(const torch::stable::Tensor& where) {
+    const auto device = where.get_device_index();
+    STD_CUDA_CHECK(
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    STD_CUDA_CHECK(
+        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  }
+
+  int multiprocessors, shared;  // bytes of shared memory that a block may ask for
+};
 
 }  // namespace gcrl_kernels

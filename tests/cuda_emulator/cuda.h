@@ -1,59 +1,99 @@
-// Runs CUDA kernels on the CPU, one block after another, its threads as threads: enough of the
-// language for kernels of plain arithmetic, shared memory and barriers.
+// Runs CUDA kernels on the CPU, one block after another: as much of the language as they use.
 
 #pragma once
 
 #include <algorithm>
-#include <atomic>
-#include <barrier>
 #include <cstdint>
-#include <thread>
-#include <vector>
+
+#include "fibers.h"
 
 #define __global__
 #define __device__
+#define __host__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
 
-struct Index {
-  unsigned x;
+struct dim3 {
+  dim3(unsigned x_, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+  unsigned x, y, z;
 };
-inline thread_local Index threadIdx, blockIdx;
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+inline dim3 threadIdx{0}, blockIdx{0}, blockDim{1}, gridDim{1};
 
 namespace emulator {
 
-inline std::barrier<>* threads_of_block;
-inline std::atomic<bool> all_agree;
+inline void Block::set_thread(int thread) { threadIdx.x = static_cast<unsigned>(thread); }
 
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
-            Arguments... arguments) {
-  for (unsigned block = 0; block < blocks; ++block) {
-    std::barrier<> barrier(threads);
-    threads_of_block = &barrier;
-    std::vector<std::thread> running;
-    for (unsigned thread = 0; thread < threads; ++thread) {
-      running.emplace_back([=] {
-        threadIdx.x = thread;
-        blockIdx.x = block;
-        kernel(arguments...);
-      });
-    }
-    for (std::thread& thread : running) thread.join();
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            const Arguments&... arguments) {
+  static Block runner;
+  gridDim = grid;
+  blockDim = block;
+  for (unsigned b = 0; b < grid.x; ++b) {
+    blockIdx.x = b;
+    runner.run(static_cast<int>(block.x), shared_bytes, [&] { kernel(arguments...); });
   }
 }
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::threads_of_block->arrive_and_wait(); }
+inline void __syncthreads() { emulator::Block::current().barrier("__syncthreads"); }
 
 inline int __syncthreads_and(int agrees) {
-  __syncthreads();
-  emulator::all_agree = true;
-  __syncthreads();
-  if (!agrees) emulator::all_agree = false;
-  __syncthreads();
-  return emulator::all_agree;
+  return emulator::Block::current().barrier("__syncthreads_and", agrees != 0);
 }
 
+inline void __syncwarp() {
+  int nothing = 0;
+  emulator::Block::current().warp("__syncwarp", nothing, [](int**, int) {});
+}
+
+namespace emulator {
+
+template <typename T>
+struct Shuffled {
+  T value;
+  int source;
+};
+
+template <typename T>
+T shuffle(const char* what, T value, int source) {
+  Shuffled<T> own = {value, source};
+  Block::current().warp(what, own, [](Shuffled<T>** lanes, int count) {
+    T values[kWarp];
+    for (int l = 0; l < count; ++l) values[l] = lanes[l]->value;
+    for (int l = 0; l < count; ++l) lanes[l]->value = values[lanes[l]->source];
+  });
+  return own.value;
+}
+
+}  // namespace emulator
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  return emulator::shuffle("__shfl_sync", value, source % emulator::kWarp);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  return emulator::shuffle("__shfl_xor_sync", value, emulator::Block::current().lane() ^ distance);
+}
+
+inline uint32_t __umulhi(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+}
+
+using std::max;
 using std::min;

@@ -2,6 +2,7 @@
 
 #include "cuda.h"
 // The emulated language comes first.
+#include <cmath>
 #include <iostream>
 #include <string>
 
@@ -23,7 +24,7 @@ void quantize(int64_t count, int64_t colors) {
   std::vector<int64_t> nearest(count, -2);
   void (*kernel)(const Pixel*, int64_t, const Color*, int64_t, int64_t*) = nearest_color;
   const int64_t blocks = (count + kThreads * kPixels - 1) / (kThreads * kPixels);
-  emulator::launch(kernel, static_cast<unsigned>(blocks), kThreads, pixels.data(), count,
+  emulator::launch(kernel, static_cast<unsigned>(blocks), kThreads, 0, pixels.data(), count,
                    palette.data(), colors, nearest.data());
   std::cout.write(reinterpret_cast<const char*>(nearest.data()), count * sizeof(int64_t));
 }

@@ -1,0 +1,105 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "axial_attention/tiles.cuh"
+#include "common/ptx.cuh"
+
+namespace gcrl_kernels {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+// What all rows of a call have in common. Exponentials are powers of two: log2(e) is part of the
+// scale and of the bias.
+struct Options {
+  const float* bias;             // [heads, N, N], or null
+  StridedRows<const bool> mask;  // no data: every key may be attended to
+  int length, features;
+  float scale;
+  bool causal;
+};
+
+// The additions to the scores of one row.
+struct Additions {
+  const float* bias;  // [N, N], or null
+  unsigned blocked;   // in shared memory, float [keys]: minus infinity for a key that is left out
+  int length, features;
+  float scale;
+  bool causal;
+  bool leaves_out;  // there may be keys that a query must not attend to
+
+  // `whole` says that the tiles have no positions beyond the row's length.
+  __device__ Additions(const Options& options, const RowPlace& place, unsigned blocked_keys,
+                       bool whole)
+      : blocked(blocked_keys),
+        length(options.length),
+        features(options.features),
+        scale(options.scale * kLog2E),
+        causal(options.causal),
+        leaves_out(!whole || options.causal || options.mask.data != nullptr) {
+    const int64_t size = int64_t{length} * length;
+    bias = options.bias == nullptr ? nullptr : options.bias + place.head() * size;
+  }
+};
+
+__device__ __forceinline__ float* shared_floats(unsigned start) {
+  return reinterpret_cast<float*>(ptx::shared_memory() + start);
+}
+
+// Scores to logits in base 2 less `minus(n, e)`, in their place: scale, bias, mask and causality.
+// The tile begins at `row` and `column`; its rows are queries and its columns keys, or with
+// kTransposed the reverse.
+template <bool kTransposed, int kTiles, typename Minus>
+__device__ __forceinline__ void to_logits(float (&s)[kTiles][4], const Additions& additions,
+                                          int row, int column, const Minus& minus) {
+  const Lane lane;
+  row += lane.row();
+  column += lane.column();
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[n][e] = fmaf(s[n][e], additions.scale, -minus(n, e));
+  }
+  if (additions.bias != nullptr) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int r = row + e / 2 * 8, c = column + 8 * n + e % 2;
+        if (r < additions.length && c < additions.length) {
+          const int at = kTransposed ? c * additions.length + r : r * additions.length + c;
+          s[n][e] = fmaf(additions.bias[at], kLog2E, s[n][e]);
+        }
+      }
+    }
+  }
+  if (!additions.leaves_out) return;
+  const float* blocked = shared_floats(additions.blocked);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int r = row + e / 2 * 8, c = column + 8 * n + e % 2;
+      const int key = kTransposed ? r : c, query = kTransposed ? c : r;
+      const bool future = additions.causal && key > query;
+      if (blocked[key] < 0.0f || future) s[n][e] = -INFINITY;
+    }
+  }
+}
+
+// Fills the shared numbers that say which keys of a row are left out: those of the mask, and those
+// from the row's length up to `padded`. The threads of the row's warps share the work.
+__device__ __forceinline__ void fill_blocked(unsigned blocked, const Options& options,
+                                             const RowPlace& place, int thread, int threads,
+                                             int padded) {
+  const bool* mask = options.mask.data == nullptr ? nullptr : options.mask.at(place);
+  for (int key = thread; key < padded; key += threads) {
+    bool allowed = key < options.length;
+    if (allowed && mask != nullptr) allowed = mask[key * options.mask.along];
+    shared_floats(blocked)[key] = allowed ? 0.0f : -INFINITY;
+  }
+}
+
+}  // namespace gcrl_kernels

@@ -1,0 +1,24 @@
+"""The emulator of tests/cuda_emulator: faults in a kernel show, and without them it runs."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+SHOWS_IN_RESULTS = ("give", "give_in_warp", "copy", "copy_over")
+NOTICED = {
+    "shuffle_in_a_branch": "the threads wait for one another, some at __shfl_xor_sync",
+    "meet_apart": "threads meet at ",
+    "load_outside": "outside shared memory",
+    "load_misaligned": "misaligned shared memory",
+    "copy_misaligned": "cp.async: misaligned source",
+}
+
+
+@pytest.mark.parametrize("name", [*SHOWS_IN_RESULTS, *NOTICED])
+def test_a_fault_shows(emulator, name) -> None:
+    program = emulator.program("faults.cpp", *emulator.torch_includes())
+    done = subprocess.run([program, name], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert NOTICED.get(name, "wrong") in done.stdout
