@@ -12,9 +12,11 @@ from benchmarks.contest import Contender, Function, Unavailable
 from benchmarks.measure import DEVICE
 from gcrl_kernels import backends
 
+SERVING = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
 
 def ours(operator: str, function: Callable[[Any, str], Function]) -> list[Contender]:
-    """A contender per backend that implements the operator: `function` of a case and a backend."""
+    """A contender per backend of the operator on this device: `function` of a case and a backend."""
 
     def build(case: Any, backend: str) -> Function:
         try:
@@ -26,6 +28,7 @@ def ours(operator: str, function: Callable[[Any, str], Function]) -> list[Conten
     return [
         Contender(f"gcrl_kernels {backend}", lambda case, backend=backend: build(case, backend))
         for backend in backends.IMPLEMENTED[operator]
+        if backend in SERVING[DEVICE]
     ]
 
 
