@@ -16,7 +16,7 @@ SERVING = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
 def ours(operator: str, function: Callable[[Any, str], Function]) -> list[Contender]:
-    """A contender per backend of the operator on this device: `function` of a case and a backend."""
+    """A contender per backend that serves this device: `function` of a case and a backend."""
 
     def build(case: Any, backend: str) -> Function:
         try:
