@@ -21,7 +21,6 @@ typedef uint16_t LooseHalves __attribute__((vector_size(VECTOR_BYTES / 2), align
 
 constexpr int kLanes = VECTOR_BYTES / sizeof(float);
 constexpr int64_t kQueries = 64;  // whose scores are in scratch memory at a time
-constexpr int kLinesATile = 24;   // fetched ahead with each tile of a product
 constexpr float kInfinity = __builtin_inff();
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -149,15 +148,13 @@ void pack(const Row& row, int64_t begin, int64_t count, int64_t features, float 
   }
 }
 
-// [count, width] times a factor for each position, to those positions of a row.
+// [length, width] to a row.
 template <typename Type>
-void unpack(const float* packed, int64_t width, const float* factors, float factor, const Row& row,
-            int64_t begin, int64_t count, int64_t features) {
-  auto* data = static_cast<typename Type::Element*>(row.data) + begin * row.stride;
-  for (int64_t i = 0; i < count; ++i, data += row.stride, packed += width) {
-    const float scale = factors == nullptr ? factor : factors[i];
+void unpack(const float* packed, int64_t width, const Row& row, int64_t length, int64_t features) {
+  auto* data = static_cast<typename Type::Element*>(row.data);
+  for (int64_t i = 0; i < length; ++i, data += row.stride, packed += width) {
     for (int64_t d = 0; d < features; d += kLanes) {
-      store_part<Type>(data + d, at(packed + d) * scale, features - d);
+      store_part<Type>(data + d, at(packed + d), features - d);
     }
   }
 }
@@ -226,37 +223,35 @@ void pack_transposed(const Row& row, int64_t length, int64_t features, float* pa
   }
 }
 
-// Brings the rows that come next into the cache, a few lines at a time between other work.
+// Brings the rows that come next into the cache, so many lines with each tile of a product.
 template <typename Type>
 class Prefetch {
  public:
-  Prefetch(const Row* rows, int count, const RowShape& shape)
-      : rows_(rows), end_(rows + count), length_(shape.length), features_(shape.features) {
-    skip();
+  Prefetch(const Row* rows, int count, int lines, const RowShape& shape)
+      : row_(rows), end_(rows + count), length_(shape.length), features_(shape.features) {
+    const int64_t lines_each = (features_ + kLine - 1) / kLine;
+    positions_ = (lines + lines_each - 1) / lines_each;
+    if (count > 0 && row_->data == nullptr) row_ = end_;
   }
 
-  void advance(int lines) {
-    constexpr int64_t kLine = 64 / sizeof(typename Type::Element);
-    for (; lines > 0 && rows_ != end_; --lines) {
-      const auto* data = static_cast<const typename Type::Element*>(rows_->data);
-      __builtin_prefetch(data + position_ * rows_->stride + feature_, 0, 2);
-      feature_ += kLine;
-      if (feature_ < features_) continue;
-      feature_ = 0;
-      if (++position_ < length_) continue;
+  void advance() {
+    if (row_ == end_) return;
+    const int64_t last = least(length_, position_ + positions_);
+    const auto* data = static_cast<const typename Type::Element*>(row_->data);
+    for (; position_ < last; ++position_) {
+      const auto* position = data + position_ * row_->stride;
+      for (int64_t d = 0; d < features_; d += kLine) __builtin_prefetch(position + d, 0, 3);
+    }
+    if (position_ == length_) {
       position_ = 0;
-      ++rows_;
-      skip();
+      ++row_;
     }
   }
 
  private:
-  void skip() {
-    while (rows_ != end_ && rows_->data == nullptr) ++rows_;
-  }
-
-  const Row *rows_, *end_;
-  int64_t length_, features_, position_ = 0, feature_ = 0;
+  static constexpr int64_t kLine = 64 / sizeof(typename Type::Element);
+  const Row *row_, *end_;
+  int64_t length_, features_, positions_, position_ = 0;
 };
 
 // A factor of a product: element (i, k) is data[i * row + k * column].
@@ -265,16 +260,56 @@ struct Factor {
   int64_t row, column;
 };
 
+// Where a product goes: to scratch memory, perhaps added to what is there,
+struct Packed {
+  float* data;
+  int64_t stride;
+  bool add = false;
+
+  Packed part(int64_t i, int64_t j) const { return {data + i * stride + j, stride, add}; }
+  Floats before(int i, int j) const { return add ? at(data + i * stride + j * kLanes) : Floats{}; }
+  void write(int i, int j, Floats values) const { at(data + i * stride + j * kLanes) = values; }
+};
+
+// or straight to positions of a row, times a factor for each or one for all.
+template <typename Type>
+struct Unpacked {
+  typename Type::Element* data;
+  int64_t stride, features;
+  const float* factors;
+  float factor;
+
+  Unpacked(const Row& row, int64_t position, int64_t features, const float* factors, float factor)
+      : data(static_cast<typename Type::Element*>(row.data) + position * row.stride),
+        stride(row.stride),
+        features(features),
+        factors(factors),
+        factor(factor) {}
+
+  Unpacked part(int64_t i, int64_t j) const {
+    Unpacked part = *this;
+    part.data += i * stride + j;
+    part.features -= j;
+    if (factors != nullptr) part.factors += i;
+    return part;
+  }
+  Floats before(int, int) const { return Floats{}; }
+  void write(int i, int j, Floats values) const {
+    const float scale = factors == nullptr ? factor : factors[i];
+    store_part<Type>(data + i * stride + j * kLanes, values * scale, features - j * kLanes);
+  }
+};
+
 // out[i, j] = Σ_k left(i, k) right[k, j], for kRows rows i and kVectors vectors of columns j.
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, typename Out>
 void multiply_tile(const Factor& left, const float* right, int64_t right_stride, int64_t depth,
-                   float* out, int64_t out_stride, bool add) {
+                   const Out& out) {
   Floats sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      sum[i][j] = add ? at(out + i * out_stride + j * kLanes) : Floats{};
+      sum[i][j] = out.before(i, j);
     }
   }
   const float* a = left.data;
@@ -292,20 +327,19 @@ void multiply_tile(const Factor& left, const float* right, int64_t right_stride,
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) at(out + i * out_stride + j * kLanes) = sum[i][j];
+    for (int j = 0; j < kVectors; ++j) out.write(i, j, sum[i][j]);
   }
 }
 
 // multiply_tile for a number of rows known only here.
-template <int kVectors, int kRows = TILE_ROWS>
+template <int kVectors, int kRows = TILE_ROWS, typename Out>
 void multiply_rows(int64_t rows, const Factor& left, const float* right, int64_t right_stride,
-                   int64_t depth, float* out, int64_t out_stride, bool add) {
+                   int64_t depth, const Out& out) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      multiply_tile<kRows, kVectors>(left, right, right_stride, depth, out, out_stride, add);
+      multiply_tile<kRows, kVectors>(left, right, right_stride, depth, out);
     } else {
-      multiply_rows<kVectors, kRows - 1>(rows, left, right, right_stride, depth, out, out_stride,
-                                         add);
+      multiply_rows<kVectors, kRows - 1>(rows, left, right, right_stride, depth, out);
     }
   }
 }
@@ -319,12 +353,12 @@ enum class Causal {
   kTransposed,  // left(i, k) is zero for k < i
 };
 
-// out[rows, columns] = left[rows, depth] right[depth, columns], or added to it. Columns are whole
-// vectors. `first` is the position of the left factor's row 0 (for kTransposed: of its column 0).
-template <typename Type>
+// out[rows, columns] = left[rows, depth] right[depth, columns]. Columns are whole vectors. `first`
+// is the position of the left factor's row 0 (for kTransposed: of its column 0).
+template <typename Type, typename Out>
 void multiply(Causal causal, int64_t first, const Factor& left, const float* right,
-              int64_t right_stride, int64_t rows, int64_t depth, int64_t columns, float* out,
-              int64_t out_stride, bool add, Prefetch<Type>& prefetch) {
+              int64_t right_stride, int64_t rows, int64_t depth, int64_t columns, const Out& out,
+              Prefetch<Type>& prefetch) {
   const int64_t blocks = (rows + TILE_ROWS - 1) / TILE_ROWS;
   constexpr int64_t kPanel = TILE_VECTORS * kLanes;
   for (int64_t j = 0; j < columns; j += kPanel) {
@@ -336,16 +370,15 @@ void multiply(Causal causal, int64_t first, const Factor& left, const float* rig
       if (causal == Causal::kTransposed && begin > first) from = least(depth, begin - first);
       const Factor part = {left.data + begin * left.row + from * left.column, left.row,
                            left.column};
-      prefetch.advance(kLinesATile);
+      prefetch.advance();
       const float* panel = right + from * right_stride + j;
-      float* target = out + begin * out_stride + j;
       if (columns - j >= kPanel) {
-        multiply_rows<TILE_VECTORS>(end - begin, part, panel, right_stride, to - from, target,
-                                    out_stride, add);
+        multiply_rows<TILE_VECTORS>(end - begin, part, panel, right_stride, to - from,
+                                    out.part(begin, j));
       } else {
         for (int64_t v = 0; v < columns - j; v += kLanes) {
-          multiply_rows<1>(end - begin, part, panel + v, right_stride, to - from, target + v,
-                           out_stride, add);
+          multiply_rows<1>(end - begin, part, panel + v, right_stride, to - from,
+                           out.part(begin, j + v));
         }
       }
     }
@@ -402,7 +435,7 @@ struct Scratch {
 int64_t forward_scratch(const RowShape& shape) {
   const int64_t n = shape.length, d = padded(shape.features), keys = padded(n);
   const int64_t queries = least(n, kQueries);
-  return shape.features * keys + n * d + queries * (2 * d + keys) + aligned(queries) + 5 * 16;
+  return shape.features * keys + n * d + queries * (d + keys + 1) + 5 * 16;
 }
 
 template <typename Type>
@@ -415,9 +448,8 @@ void forward_of(const RowShape& shape, const ForwardRow& row, float* memory) {
   float* v = scratch.take(n * width);
   float* q = scratch.take(most * width);
   float* scores = scratch.take(most * keys);
-  float* out = scratch.take(most * width);
   float* factors = scratch.take(most);
-  Prefetch<Type> prefetch(row.next, 3, shape);
+  Prefetch<Type> prefetch(row.next, 3, 32, shape);
   pack_transposed<Type>(row.k, n, features, k_transposed, keys);
   pack<Type>(row.v, 0, n, features, 1, v, width);
 
@@ -425,7 +457,7 @@ void forward_of(const RowShape& shape, const ForwardRow& row, float* memory) {
     const int64_t queries = least(most, n - begin);
     pack<Type>(row.q, begin, queries, features, shape.scale, q, width);
     multiply(shape.causal ? Causal::kResult : Causal::kNo, begin, {q, width, 1}, k_transposed, keys,
-             queries, features, columns, scores, keys, false, prefetch);
+             queries, features, columns, Packed{scores, keys}, prefetch);
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t query = begin + i;
       complete_scores(scores + i * keys, shape.causal ? query + 1 : n, columns,
@@ -436,15 +468,16 @@ void forward_of(const RowShape& shape, const ForwardRow& row, float* memory) {
       row.lse[query * row.lse_stride] = sum == 0 ? -kInfinity : maximum + __builtin_logf(sum);
     }
     multiply(shape.causal ? Causal::kLower : Causal::kNo, begin, {scores, keys, 1}, v, width,
-             queries, n, whole_vectors(features), out, width, false, prefetch);
-    unpack<Type>(out, width, factors, 1, row.out, begin, queries, features);
+             queries, n, whole_vectors(features),
+             Unpacked<Type>(row.out, begin, features, factors, 1), prefetch);
   }
 }
 
+// Rows longer than a block of queries sum their dk and dv in scratch memory.
 int64_t backward_scratch(const RowShape& shape) {
   const int64_t n = shape.length, d = padded(shape.features), keys = padded(n);
   const int64_t queries = least(n, kQueries);
-  return 2 * shape.features * keys + 3 * n * d + queries * (3 * d + 2 * keys) + 10 * 16;
+  return 2 * shape.features * keys + 3 * n * d + queries * (2 * d + 2 * keys) + 9 * 16;
 }
 
 template <typename Type>
@@ -456,14 +489,13 @@ void backward_of(const RowShape& shape, const BackwardRow& row, float* memory) {
   float* k_transposed = scratch.take(features * keys);
   float* v_transposed = scratch.take(features * keys);
   float* k = scratch.take(n * width);
-  float* dk = scratch.take(n * width);
-  float* dv = scratch.take(n * width);
   float* q = scratch.take(most * width);
   float* grad = scratch.take(most * width);
-  float* dq = scratch.take(most * width);
   float* p = scratch.take(most * keys);
   float* ds = scratch.take(most * keys);
-  Prefetch<Type> prefetch(row.next, 4, shape);
+  float* dk = scratch.take(n * width);
+  float* dv = scratch.take(n * width);
+  Prefetch<Type> prefetch(row.next, 4, 16, shape);
   pack_transposed<Type>(row.k, n, features, k_transposed, keys);
   pack_transposed<Type>(row.v, n, features, v_transposed, keys);
   pack<Type>(row.k, 0, n, features, 1, k, width);
@@ -475,10 +507,10 @@ void backward_of(const RowShape& shape, const BackwardRow& row, float* memory) {
     const int64_t queries = least(most, n - begin);
     pack<Type>(row.q, begin, queries, features, shape.scale, q, width);
     pack<Type>(row.grad, begin, queries, features, 1, grad, width);
-    multiply(result, begin, {q, width, 1}, k_transposed, keys, queries, features, columns, p, keys,
-             false, prefetch);
-    multiply(result, begin, {grad, width, 1}, v_transposed, keys, queries, features, columns, ds,
-             keys, false, prefetch);
+    multiply(result, begin, {q, width, 1}, k_transposed, keys, queries, features, columns,
+             Packed{p, keys}, prefetch);
+    multiply(result, begin, {grad, width, 1}, v_transposed, keys, queries, features, columns,
+             Packed{ds, keys}, prefetch);
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t query = begin + i, allowed_keys = shape.causal ? query + 1 : n;
       float *p_row = p + i * keys, *ds_row = ds + i * keys;
@@ -504,16 +536,25 @@ void backward_of(const RowShape& shape, const BackwardRow& row, float* memory) {
         }
       }
     }
-    const bool add = begin > 0;
-    multiply(lower, begin, {ds, keys, 1}, k, width, queries, n, used, dq, width, false, prefetch);
-    unpack<Type>(dq, width, nullptr, shape.scale, row.dq, begin, queries, features);
-    multiply(transposed, begin, {p, 1, keys}, grad, width, n, queries, used, dv, width, add,
-             prefetch);
-    multiply(transposed, begin, {ds, 1, keys}, q, width, n, queries, used, dk, width, add,
-             prefetch);
+    multiply(lower, begin, {ds, keys, 1}, k, width, queries, n, used,
+             Unpacked<Type>(row.dq, begin, features, nullptr, shape.scale), prefetch);
+    const Factor p_transposed = {p, 1, keys}, ds_transposed = {ds, 1, keys};
+    if (most == n) {
+      multiply(transposed, 0, p_transposed, grad, width, n, n, used,
+               Unpacked<Type>(row.dv, 0, features, nullptr, 1), prefetch);
+      multiply(transposed, 0, ds_transposed, q, width, n, n, used,
+               Unpacked<Type>(row.dk, 0, features, nullptr, 1), prefetch);
+    } else {
+      multiply(transposed, begin, p_transposed, grad, width, n, queries, used,
+               Packed{dv, width, begin > 0}, prefetch);
+      multiply(transposed, begin, ds_transposed, q, width, n, queries, used,
+               Packed{dk, width, begin > 0}, prefetch);
+    }
   }
-  unpack<Type>(dk, width, nullptr, 1, row.dk, 0, n, features);
-  unpack<Type>(dv, width, nullptr, 1, row.dv, 0, n, features);
+  if (most < n) {
+    unpack<Type>(dk, width, row.dk, n, features);
+    unpack<Type>(dv, width, row.dv, n, features);
+  }
 }
 
 void forward(const RowShape& shape, const ForwardRow& row, float* scratch) {
