@@ -27,7 +27,7 @@ class Choice(NamedTuple):
 
 CHOICES = (
     Choice("axial_attention", "cpu", ("cpu", "reference")),
-    Choice("axial_attention", "cuda", ("cuda", "reference")),
+    Choice("axial_attention", "cuda", ("cuda", "triton", "reference")),
     Choice("quantize_colors", "cpu", ("cpu", "reference"), "color_cross_entropy_cpu.json"),
     Choice("quantize_colors", "cuda", ("cuda", "reference")),
     Choice("color_cross_entropy", "cpu", ("reference",)),

@@ -36,7 +36,7 @@ def _triton(name: str) -> Callable[..., None]:
     """A launcher, imported when it is first called: not every machine has Triton."""
 
     def launch(*arguments: Any) -> None:
-        getattr(importlib.import_module(f"{__package__}.triton_kernels"), name)(*arguments)
+        getattr(importlib.import_module(f"{__package__}.triton.launchers"), name)(*arguments)
 
     return launch
 

@@ -1,0 +1,1 @@
+"""Axial attention in Triton. launchers.py is what the operators call."""

@@ -1,0 +1,199 @@
+"""What the Triton kernels of axial attention share: where a row lies, its loads, its products.
+
+A row is one head of one line of the grid. Lines are numbered over the dimensions that are not
+attended along, merged where every tensor's strides allow it (at most three remain); the heads of a
+line are neighbours. `sizes` are those of the second and third of these dimensions, and a tensor's
+`strides` go over the three, the heads, and along the row. They come in units of UNIT elements, the
+largest power of two of at most 16 bytes that divides them all, so that the compiler knows how wide
+its loads may be.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def line_offset(line, sizes, strides, LINE_DIMS: tl.constexpr):
+    """Of a line's first element, from its number."""
+    line = tl.cast(line, tl.int32)  # a loop's counter is Python's where it is interpreted
+    offset = tl.zeros((), tl.int64)
+    if LINE_DIMS == 3:
+        offset += (line % sizes[1]).to(tl.int64) * strides[2]
+        line = line // sizes[1]
+    if LINE_DIMS >= 2:
+        offset += (line % sizes[0]).to(tl.int64) * strides[1]
+        line = line // sizes[0]
+    return offset + line.to(tl.int64) * strides[0]
+
+
+@triton.jit
+def row_offset(line, head, sizes, strides, LINE_DIMS: tl.constexpr):
+    """Of a row's first element, from the numbers of its line and its head."""
+    return line_offset(line, sizes, strides, LINE_DIMS) + head.to(tl.int64) * strides[3]
+
+
+@triton.jit
+def pointers(tensor, offset, strides, positions, features, UNIT: tl.constexpr):
+    """[positions, features] of the row at `offset`."""
+    rows = tensor + offset * UNIT + positions.to(tl.int64)[:, None] * strides[4] * UNIT
+    return rows + features[None, :]
+
+
+@triton.jit
+def load(
+    tensor,
+    offset,
+    strides,
+    positions,
+    features,
+    length,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,  # every position is within the length
+):
+    """[positions, features] of the row at `offset`, zero beyond the length and D."""
+    where = pointers(tensor, offset, strides, positions, features, UNIT)
+    if WHOLE and features.shape[0] == D:
+        values = tl.load(where)
+    elif WHOLE:
+        values = tl.load(where, mask=features[None, :] < D, other=0.0)
+    elif features.shape[0] == D:
+        values = tl.load(where, mask=positions[:, None] < length, other=0.0)
+    else:
+        inside = (positions[:, None] < length) & (features[None, :] < D)
+        values = tl.load(where, mask=inside, other=0.0)
+    return values
+
+
+@triton.jit
+def store(
+    values,  # float32 [positions, features]
+    tensor,
+    offset,
+    strides,
+    positions,
+    features,
+    length,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Write [positions, features] of the row at `offset`."""
+    where = pointers(tensor, offset, strides, positions, features, UNIT)
+    values = narrow(values, tensor.dtype.element_ty)
+    if WHOLE and features.shape[0] == D:
+        tl.store(where, values)
+    elif WHOLE:
+        tl.store(where, values, mask=features[None, :] < D)
+    elif features.shape[0] == D:
+        tl.store(where, values, mask=positions[:, None] < length)
+    else:
+        inside = (positions[:, None] < length) & (features[None, :] < D)
+        tl.store(where, values, mask=inside)
+
+
+@triton.jit
+def lse_pointers(lse, offset, strides, positions, D: tl.constexpr, UNIT: tl.constexpr):
+    """Where a row's log-sum-exps lie, from the offset and strides of the output, contiguous too."""
+    step = (tl.zeros((), tl.int64) + strides[4]) * UNIT // D
+    return lse + offset * UNIT // D + positions * step
+
+
+@triton.jit
+def load_lse(lse, offset, strides, queries, length, D: tl.constexpr, UNIT: tl.constexpr):
+    """A row's log-sum-exps, of base 2; 0 where there is no key, infinite beyond the length.
+
+    exp2(score - lse) is then zero for a query that has no key, or that is none.
+    """
+    where = lse_pointers(lse, offset, strides, queries, D, UNIT)
+    values = tl.load(where, mask=queries < length, other=float("inf"))
+    return tl.where(values == float("-inf"), 0.0, values * LOG2E)
+
+
+@triton.jit
+def load_mask(mask, line, sizes, strides, keys, length, LINE_DIMS: tl.constexpr):
+    """Whether each key of a line may be attended to; those beyond the length may not."""
+    where = mask + line_offset(line, sizes, strides, LINE_DIMS)
+    return tl.load(where + keys.to(tl.int64) * strides[4], mask=keys < length, other=0) != 0
+
+
+@triton.jit
+def dot(a, b, initial, PRECISION: tl.constexpr):
+    """initial + a b in float32; the interpreter has no right product of half precision."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, initial, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(values, dtype: tl.constexpr):
+    """float32 values rounded to `dtype`; the interpreter would truncate to bfloat16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        values = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
+    return values.to(dtype)
+
+
+@triton.jit
+def scores(
+    q,  # [queries, D]
+    k,  # [keys, D]
+    bias,  # float32 [heads, N, N], or None
+    mask,  # bool [B, *grid], or None
+    mask_strides,
+    line,
+    head,
+    sizes,
+    queries,
+    keys,
+    length,
+    scale,
+    LINE_DIMS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(scale q kᵀ + bias) log2 e, [queries, keys]; -inf where a query may not attend to a key."""
+    zeros = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
+    s = dot(q, tl.trans(k), zeros, PRECISION) * (scale * LOG2E)
+    if bias is not None:
+        where = bias + head.to(tl.int64) * length * length
+        where += queries[:, None] * length + keys[None, :]
+        if WHOLE:
+            s += tl.load(where) * LOG2E
+        else:
+            inside = (queries[:, None] < length) & (keys[None, :] < length)
+            s += tl.load(where, mask=inside, other=0.0) * LOG2E
+    if CAUSAL:
+        s = tl.where(queries[:, None] >= keys[None, :], s, float("-inf"))
+    if mask is not None:
+        allowed = load_mask(mask, line, sizes, mask_strides, keys, length, LINE_DIMS)
+        s = tl.where(allowed[None, :], s, float("-inf"))
+    elif not WHOLE:
+        s = tl.where(keys[None, :] < length, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def hidden_zero(lines, line):
+    """0, which the compiler cannot know to be 0, and to be the same for every line.
+
+    A loop over lines would otherwise keep the addresses in all tensors in registers.
+    """
+    return tl.multiple_of(tl.minimum(lines - line, 0), 16)
+
+
+@triton.jit
+def store_dbias(values, partial, part, head, heads, queries, keys, length):
+    """Write a tile of a program's share of the bias's gradient."""
+    where = partial + (part * heads + head).to(tl.int64) * length * length
+    where += queries[:, None] * length + keys[None, :]
+    tl.store(where, values, mask=(queries[:, None] < length) & (keys[None, :] < length))

@@ -1,0 +1,118 @@
+"""Which Triton kernel computes which rows, in what tiles and by how many warps.
+
+By what compiles without spills, and into the shared memory that a program may have, for sm_80,
+sm_90 and sm_100, with and without a bias, a mask and causality. "sm_80" stands for all others; the
+99 KB of sm_86, sm_89 and sm_120 are enough for it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+GENERATIONS = (80, 90, 100)
+BLOCKS = (16, 32, 64, 128)  # lengths of rows that are held whole, padded
+
+
+class Setting(NamedTuple):
+    """The tile of a program, its warps, and in how many stages its loop loads."""
+
+    tile: tuple[int, ...]
+    warps: int
+    stages: int = 1
+
+
+# Warps of the row kernels for each of BLOCKS; 0: the tile kernels.
+# pass, numbers, features (padded): sm_80, sm_90, sm_100
+ROWS: dict[tuple[str, str, int], tuple[tuple[int, int, int, int], ...]] = {
+    ("forward", "half", 16): ((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)),
+    ("forward", "half", 32): ((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)),
+    ("forward", "half", 64): ((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)),
+    ("forward", "half", 128): ((1, 2, 4, 0), (1, 2, 4, 8), (1, 2, 4, 8)),
+    ("backward", "half", 16): ((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)),
+    ("backward", "half", 32): ((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)),
+    ("backward", "half", 64): ((1, 2, 4, 0), (1, 2, 4, 8), (1, 2, 4, 8)),
+    ("backward", "half", 128): ((1, 2, 0, 0), (1, 2, 4, 0), (1, 2, 4, 0)),
+    ("backward with dbias", "half", 16): ((1, 2, 4, 0), (1, 2, 4, 0), (1, 4, 8, 0)),
+    ("backward with dbias", "half", 32): ((1, 2, 4, 0), (1, 2, 4, 0), (1, 2, 8, 0)),
+    ("backward with dbias", "half", 64): ((1, 2, 0, 0), (1, 4, 4, 0), (1, 2, 4, 0)),
+    ("backward with dbias", "half", 128): ((1, 2, 0, 0), (1, 2, 8, 0), (1, 4, 4, 0)),
+    ("forward", "single", 16): ((1, 2, 4, 0), (1, 2, 4, 0), (1, 2, 4, 0)),
+    ("forward", "single", 32): ((1, 2, 8, 0), (1, 2, 8, 0), (1, 2, 4, 0)),
+    ("forward", "single", 64): ((1, 4, 8, 0), (1, 4, 8, 0), (1, 4, 8, 0)),
+    ("forward", "single", 128): ((2, 8, 0, 0), (2, 8, 0, 0), (2, 8, 0, 0)),
+    ("backward", "single", 16): ((1, 2, 4, 0), (1, 2, 4, 0), (1, 2, 8, 0)),
+    ("backward", "single", 32): ((1, 2, 8, 0), (1, 2, 8, 0), (1, 4, 0, 0)),
+    ("backward", "single", 64): ((2, 4, 0, 0), (2, 4, 0, 0), (2, 4, 0, 0)),
+    ("backward", "single", 128): ((4, 0, 0, 0), (4, 0, 0, 0), (4, 0, 0, 0)),
+    ("backward with dbias", "single", 16): ((1, 2, 8, 0), (1, 2, 4, 0), (1, 2, 4, 0)),
+    ("backward with dbias", "single", 32): ((1, 2, 4, 0), (1, 2, 4, 0), (1, 2, 0, 0)),
+    ("backward with dbias", "single", 64): ((2, 4, 0, 0), (2, 4, 0, 0), (2, 4, 0, 0)),
+    ("backward with dbias", "single", 128): ((2, 0, 0, 0), (2, 0, 0, 0), (2, 0, 0, 0)),
+}
+
+# Tiles of the others.
+TILES: dict[tuple[str, str, int], tuple[Setting, ...]] = {
+    ("forward", "half", 16): (Setting((128, 64), 8, 2),) * 3,
+    ("forward", "half", 32): (Setting((128, 64), 8, 2),) * 3,
+    ("forward", "half", 64): (Setting((64, 64), 4, 2),) + (Setting((128, 64), 8, 2),) * 2,
+    ("forward", "half", 128): (Setting((64, 64), 4, 2),) * 2 + (Setting((128, 64), 8, 2),),
+    ("backward", "half", 16): (Setting((64, 64), 4, 2),) * 3,
+    ("backward", "half", 32): (Setting((64, 64), 8, 1),) + (Setting((64, 64), 4, 2),) * 2,
+    ("backward", "half", 64): (Setting((32, 32), 4), Setting((64, 64), 4), Setting((64, 64), 4, 2)),
+    ("backward", "half", 128): (Setting((64, 64), 8), Setting((32, 32), 4), Setting((64, 64), 8)),
+    ("dbias", "half", 16): (Setting((64,), 4),) * 3,
+    ("dbias", "half", 32): (Setting((64,), 4),) * 3,
+    ("dbias", "half", 64): (Setting((64,), 4),) * 3,
+    ("dbias", "half", 128): (Setting((32,), 4), Setting((64,), 4), Setting((64,), 4)),
+    ("forward", "single", 16): (Setting((64, 32), 8, 2),) * 3,
+    ("forward", "single", 32): (Setting((32, 32), 8),) * 2 + (Setting((64, 32), 8, 2),),
+    ("forward", "single", 64): (Setting((64, 32), 8),) + (Setting((64, 32), 8, 2),) * 2,
+    ("forward", "single", 128): (Setting((64, 32), 8, 2),) * 3,
+    ("backward", "single", 16): (Setting((32, 32), 4),) * 3,
+    ("backward", "single", 32): (Setting((32, 32), 4),) * 3,
+    ("backward", "single", 64): (Setting((32, 32), 8),) * 3,
+    ("backward", "single", 128): (Setting((32, 32), 16),) * 3,
+    ("dbias", "single", 16): (Setting((32,), 4),) * 3,
+    ("dbias", "single", 32): (Setting((32,), 4), Setting((32,), 8), Setting((32,), 4)),
+    ("dbias", "single", 64): (Setting((16,), 4), Setting((32,), 4), Setting((32,), 8)),
+    ("dbias", "single", 128): (Setting((32,), 4), Setting((32,), 8), Setting((32,), 8)),
+}
+
+
+def padded(size: int) -> int:
+    """To a power of two that the tensor cores take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def row_setting(
+    direction: str, kind: str, of_generation: int, features: int, length: int
+) -> Setting | None:
+    """Of the kernel that holds a row whole; None where it would not fit."""
+    block = padded(length)
+    if block not in BLOCKS:
+        return None
+    by_generation = ROWS[direction, kind, padded(features)]
+    warps = by_generation[GENERATIONS.index(of_generation)][BLOCKS.index(block)]
+    return Setting((block,), warps) if warps else None
+
+
+def tile_setting(direction: str, kind: str, of_generation: int, features: int) -> Setting:
+    """Of the kernel for longer rows; "dbias": of the bias's gradient."""
+    return TILES[direction, kind, padded(features)][GENERATIONS.index(of_generation)]
+
+
+@lru_cache
+def generation(device: torch.device) -> int:
+    if device.type != "cuda":  # interpreted
+        return 90
+    return {9: 90, 10: 100, 11: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,302 @@
+"""Axial attention in Triton: on a GPU where there is one, else interpreted; and as compiled."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from axial_attention_kernels import LAYOUTS, Attention
+from comparison import assert_as_accurate
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_axial_attention import images, plain
+from test_axial_attention_cuda import Machine, check
+from torch import Tensor
+from triton_interpreter import interpreter
+
+from gcrl_kernels import backends
+from gcrl_kernels.axial_attention import ops
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
+KERNELS = "gcrl_kernels.axial_attention.triton.launchers"
+OPERATORS = {"axial_attention": "forward", "axial_attention_backward": "backward"}
+FP32, FP16, BF16 = DTYPES = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    if backends.unavailable("triton") is None:
+        kernels = importlib.import_module(KERNELS)
+        operators = {name: getattr(kernels, of) for name, of in OPERATORS.items()}
+        yield Machine(SimpleNamespace(**operators), "cuda")
+        return
+    with interpreter() as call:
+        operators = {name: partial(call, f"{KERNELS}:{of}") for name, of in OPERATORS.items()}
+        yield Machine(SimpleNamespace(**operators), "cpu")
+
+
+# Every kernel, rows that fill their tiles and rows that do not, every layout and dtype.
+CASES = [
+    ((1,), 0, 16, 1, FP32, "contiguous", ""),
+    ((5, 3), 0, 24, 3, BF16, "packed", "causal bias mask"),
+    ((8,), 0, 128, 2, FP16, "turned", "bias"),
+    ((3, 16), 1, 32, 4, BF16, "contiguous", "causal"),
+    ((17, 2), 0, 64, 3, FP32, "sliced", "mask"),
+    ((2, 17, 2), 1, 40, 1, FP16, "misaligned", "causal bias mask"),
+    ((2, 5, 3), 1, 16, 2, FP32, "turned", "bias mask"),
+    ((2, 5, 3), 2, 16, 2, BF16, "sliced", "bias mask"),
+    ((32, 3), 0, 64, 2, BF16, "packed", ""),
+    ((32, 2), 0, 16, 6, FP32, "turned", "causal bias"),
+    ((32,), 0, 96, 3, BF16, "packed", "bias mask"),
+    ((32,), 0, 128, 1, FP32, "packed", "bias"),
+    ((40, 2), 0, 24, 2, FP16, "packed", "bias mask"),
+    ((64,), 0, 64, 2, BF16, "packed", "causal"),
+    ((64,), 0, 128, 1, FP32, "sliced", "bias mask"),
+    ((2, 50), 1, 72, 1, BF16, "turned", "causal mask"),
+    ((100,), 0, 64, 2, BF16, "packed", "causal bias"),
+    ((128,), 0, 64, 1, FP16, "contiguous", "bias mask"),
+    ((97,), 0, 32, 2, FP32, "misaligned", "causal"),
+    ((100,), 0, 128, 1, BF16, "packed", "causal bias mask"),
+    ((130, 2), 0, 64, 1, BF16, "sliced", "mask"),
+    ((257,), 0, 40, 1, FP32, "contiguous", "bias"),
+    ((300,), 0, 24, 1, FP16, "misaligned", "causal bias mask"),
+    ((256,), 0, 32, 1, BF16, "contiguous", "causal bias"),
+]
+
+
+@pytest.mark.parametrize("grid, axis, features, heads, dtype, layout, given_options", CASES)
+def test_as_accurate_as_pytorch(
+    machine, grid, axis, features, heads, dtype, layout, given_options
+) -> None:
+    batch = 2 if len(grid) == 3 else 1
+    inputs = images(*grid, batch=batch, heads=heads, features=features)
+    options: dict[str, Any] = {"axis": axis, "causal": "causal" in given_options}
+    if "bias" in given_options:
+        inputs.append(torch.randn(heads, grid[axis], grid[axis]))
+    if "mask" in given_options:
+        options["mask"] = torch.rand(batch, *grid) > 0.4
+    check(machine, inputs, dtype, layout, **options)
+
+
+def test_the_longest_row(machine) -> None:
+    check(machine, images(1024, batch=1, heads=1, features=16), BF16, "packed", axis=0)
+
+
+@given(
+    length=st.integers(1, 140),
+    features=st.integers(2, 16),
+    heads=st.integers(1, 4),
+    lines=st.integers(1, 3),
+    axis=st.integers(0, 1),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    causal=st.booleans(),
+    biased=st.booleans(),
+    masked=st.booleans(),
+    scale=st.sampled_from([None, 0.3, -0.5]),
+)
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_row(
+    machine, length, features, heads, lines, axis, dtype, layout, causal, biased, masked, scale
+) -> None:
+    grid = (length, lines) if axis == 0 else (lines, length)
+    inputs = images(*grid, batch=1, heads=heads, features=8 * features)
+    if biased:
+        inputs.append(torch.randn(heads, length, length))
+    options: dict[str, Any] = {"axis": axis, "causal": causal, "scale": scale}
+    if masked:
+        options["mask"] = torch.rand(1, *grid) > 0.4
+    check(machine, inputs, dtype, layout, **options)
+
+
+@pytest.mark.parametrize("length", [9, 40, 70, 140])
+def test_the_gradient_of_a_bias_is_the_sum_over_many_lines(machine, length) -> None:
+    """More lines than partial sums."""
+    inputs = images(length, 5, batch=3, heads=2, features=16)
+    inputs.append(torch.randn(2, length, length))
+    check(machine, inputs, FP32, "contiguous", axis=0, causal=True)
+
+
+def test_packed_operator(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels write into slices of the packed gradient."""
+    kernels = importlib.import_module(KERNELS)
+    monkeypatch.setattr(kernels, "forward", machine.library.axial_attention)
+    monkeypatch.setattr(kernels, "backward", machine.library.axial_attention_backward)
+    q, k, v = images(4, 6, heads=2, features=16)
+    bias = torch.randn(2, 6, 6)
+
+    def ours(qkv: Tensor, bias: Tensor) -> Tensor:
+        qkv, bias = qkv.to(machine.device), bias.to(machine.device)
+        out, _ = ops.packed_forward(qkv, bias, None, 1, True, 0.25, "triton")
+        return out.cpu()
+
+    def unpacked(qkv: Tensor, bias: Tensor) -> Tensor:
+        return plain(*qkv.unbind(3), bias, axis=1, causal=True, scale=0.25)
+
+    assert_as_accurate(ours, unpacked, [torch.stack([q, k, v], 3), bias], FP16)
+
+
+@pytest.mark.parametrize("length", [32, 100, 140])
+def test_repeats_bit_for_bit(machine, length) -> None:
+    inputs = [t.bfloat16() for t in images(length, 3, batch=1, heads=2, features=24)]
+    inputs.append(torch.randn(2, length, length))
+    ours = Attention(*machine, axis=0, causal=True)
+    results = []
+    for _ in range(2):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        out = ours(*leaves)
+        results.append([out, ours.lse, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [6, 140])
+def test_scores_out_of_range_give_what_softmax_gives(machine, dtype, length) -> None:
+    q, k, v = images(length, batch=1, heads=1, features=16)
+    q[0, 2], q[0, 3] = torch.inf, torch.nan
+    out = Attention(*machine, axis=0)(*(tensor.to(dtype) for tensor in (q, k, v)))
+    expected = plain(*(tensor.to(dtype).float() for tensor in (q, k, v)), axis=0)
+    assert torch.equal(out.isnan(), expected.isnan())
+    known = ~expected.isnan()
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert ((out.float() - expected)[known].abs() <= tolerance * expected[known].abs().max()).all()
+
+
+@pytest.mark.parametrize("length", [6, 140])
+def test_a_key_that_is_left_out_may_hold_nan(machine, length) -> None:
+    q, k, v = images(length, batch=1, heads=1, features=16)
+    mask = torch.ones(1, length, dtype=torch.bool)
+    mask[0, 3] = False
+    expected = plain(q, k, v, axis=0, mask=mask)
+    k[0, 3] = torch.nan
+    out = Attention(*machine, axis=0, mask=mask)(q, k, v)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("apart", [(2**31, 64), (64, 2**29)], ids=["lines", "positions"])
+def test_offsets_beyond_32_bits(machine, apart) -> None:
+    """Lines, or positions, so far apart, in memory of which little is touched."""
+    batch, length, heads, features = 2, 6, 2, 32
+    size = max(apart[0] * batch, apart[1] * length) + 4096
+    try:
+        if machine.device == "cpu":
+            storage = torch.UntypedStorage._new_shared(2 * size)
+            memory = torch.empty(0, dtype=BF16).set_(storage, 0, (size,))
+        else:
+            memory = torch.empty(size, dtype=BF16, device=machine.device)
+    except RuntimeError as error:
+        pytest.skip(f"no memory for it: {error}")
+    place = (batch, length, heads, features), (*apart, features, 1)
+    if apart[0] < apart[1]:
+        place = (1, length, heads, features), (0, apart[1], features, 1)
+
+    def far(number: int, tensor: Tensor) -> Tensor:
+        return memory.as_strided(*place, number * 512).copy_(tensor)
+
+    near = [t.to(BF16) for t in images(length, batch=place[0][0], heads=heads, features=features)]
+    near = [tensor.to(machine.device) for tensor in near]
+    grad = torch.ones_like(near[0])
+    options = (None, None, 0, False, features**-0.5)
+    results = []
+    for view in (lambda number, tensor: tensor, far):
+        out, lse = torch.empty_like(grad), torch.empty(grad.shape[:-1], device=machine.device)
+        q, k, v = (view(number, tensor) for number, tensor in enumerate(near))
+        machine.library.axial_attention(q, k, v, *options, out, lse)
+        gradients = [view(n, torch.full_like(grad, torch.nan)) for n in (4, 5, 6)]
+        machine.library.axial_attention_backward(
+            view(3, grad), q, k, v, out, lse, *options, *gradients, None
+        )
+        results.append([out, lse, *(gradient.clone() for gradient in gradients)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3, 16), (0, 5, 3, 16), (2, 5, 0, 16)])
+def test_nothing_to_do(machine, shape) -> None:
+    q = torch.empty(shape, device=machine.device)
+    lse = torch.empty(shape[:-1], device=machine.device)
+    bias = torch.ones(shape[2], shape[1], shape[1], device=machine.device)
+    dbias = torch.full_like(bias, torch.nan)
+    options = (bias, None, 0, False, 1.0)
+    machine.library.axial_attention(q, q, q, *options, q, lse)
+    machine.library.axial_attention_backward(q, q, q, q, q, lse, *options, q, q, q, dbias)
+    assert (dbias == 0).all()
+
+
+def test_partial_sums_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = importlib.import_module(KERNELS)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 100_000)
+    setting = kernels.Setting((64,), 4)
+    for heads, length, parts in ((8, 32, 2048), (8, 1000, 2), (32, 1024, 1)):
+        dbias = torch.empty(heads, length, length, device="meta")
+        assert len(kernels.shares(dbias, 10_000, heads, setting)) == parts
+        assert len(kernels.shares(dbias, 1, heads, setting)) == 1
+
+
+@pytest.mark.parametrize(
+    "axis, lines, sizes", [(0, 2, (15, 1)), (1, 2, (5, 1)), (2, 1, (1, 1))], ids=str
+)
+def test_lines_are_merged_where_strides_allow_it(axis, lines, sizes) -> None:
+    """And the strides divided by as much as the loads can be wide."""
+    kernels = importlib.import_module(KERNELS)
+    tensor = torch.empty(2, 4, 3, 5, 3, 2, 24, dtype=BF16, device="meta")
+    q, k, v = tensor.unbind(-3)
+    rows = kernels.arrange((q, k, v), None, axis)
+    assert (rows.line_dims, rows.sizes) == (lines, sizes)
+    assert rows.lines * rows.length * 2 * 24 == q.numel()
+    assert rows.unit == 8
+    assert rows.strides[0][4] * 8 == q.stride(1 + axis)
+    assert kernels.arrange((q[..., 1:17], k[..., 4:20]), None, axis).unit == 8
+    assert kernels.arrange((q.mT, k), None, axis).unit == 1
+
+
+def test_tf32_where_pytorch_allows_it() -> None:
+    kernels = importlib.import_module(KERNELS)
+    q = torch.empty(2, 4, 3, 16, device="meta")
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for allowed, expected in (("tf32", "tf32"), ("ieee", "ieee")):
+            torch.backends.cuda.matmul.fp32_precision = allowed
+            assert kernels.arrange((q,), None, 0).precision == expected
+            assert kernels.arrange((q.half(),), None, 0).precision == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+# Length, features, dtype, with a bias, its gradient, a mask and causality: a sample of the table.
+COMPILED = [
+    (80, 32, 64, BF16, False),
+    (80, 100, 32, FP16, True),
+    (90, 32, 64, BF16, True),
+    (90, 64, 64, BF16, False),
+    (90, 256, 128, BF16, False),
+    (90, 16, 64, FP32, True),
+    (100, 64, 128, BF16, True),
+]
+
+
+@pytest.mark.parametrize("architecture, length, features, dtype, everything", COMPILED)
+def test_compiles_without_spills(
+    monkeypatch: pytest.MonkeyPatch, architecture, length, features, dtype, everything
+) -> None:
+    compiler = importlib.import_module("triton_compiler")
+    for backward in (False, True):
+        options = dict.fromkeys(("bias", "mask", "causal"), everything)
+        launches = compiler.launches(
+            monkeypatch, architecture, length, features, dtype,
+            backward=backward, dbias=everything and backward, **options,
+        )  # fmt: skip
+        assert launches
+        for launch in launches:
+            used = compiler.compile_for(architecture, launch)
+            assert used.stack == 0, used
+            assert used.shared <= compiler.MOST_SHARED[architecture], used
