@@ -124,8 +124,9 @@ int64_t rows_worth_a_thread(const RowShape& shape) {
   return std::max<int64_t>(1, kWorkWorthAThread / std::max<int64_t>(1, work));
 }
 
-// Calls a function for rows begin, begin + step, ... before end with the row's number, its place,
-// the next one's place (null after the last), its line's mask and scratch memory.
+// Calls a function for rows begin, begin + step, ... before end with the row's number, how many
+// came before it, its place, the next one's place (null after the last), its line's mask and
+// scratch memory.
 template <typename Function>
 void for_rows(const Grid& grid, const Additions& additions, int64_t scratch_floats, int64_t begin,
               int64_t end, int64_t step, const Function& function) {
@@ -141,12 +142,16 @@ void for_rows(const Grid& grid, const Additions& additions, int64_t scratch_floa
     }
     const bool last = row + step >= end;
     if (!last) next = grid.place(row + step);
-    function(row, place, last ? nullptr : &next, allowed, scratch.data());
+    function(row, (row - begin) / step, place, last ? nullptr : &next, allowed, scratch.data());
   }
 }
 
-Row row_or_none(const Rows& rows, const GridPlace* place) {
-  return place == nullptr ? Row{nullptr, 0} : rows.at(*place);
+// A place's row in each of some tensors; none without a place.
+template <size_t kCount>
+void find_rows(const Rows (&tensors)[kCount], const GridPlace* place, Row (&rows)[kCount]) {
+  for (size_t i = 0; i < kCount; ++i) {
+    rows[i] = place == nullptr ? Row{nullptr, 0} : tensors[i].at(*place);
+  }
 }
 
 void forward(const Tensor q, const Tensor k, const Tensor v, std::optional<Tensor> bias,
@@ -156,23 +161,22 @@ void forward(const Tensor q, const Tensor k, const Tensor v, std::optional<Tenso
   const RowShape shape = {row_type(q), grid.length(), q.size(-1), causal,
                           static_cast<float>(scale)};
   const RowKernels& kernels = row_kernels();
-  const Rows q_rows(q, grid), k_rows(k, grid), v_rows(v, grid), out_rows(out, grid);
+  const Rows inputs[] = {{q, grid}, {k, grid}, {v, grid}}, outputs[] = {{out, grid}};
   const Rows lse_rows(lse, grid);
   const Additions additions(bias, mask, grid);
-  const auto one_row = [&](int64_t number, const GridPlace& place, const GridPlace* next,
-                           const float* allowed, float* scratch) {
+  const auto one_row = [&](int64_t row, int64_t before, const GridPlace& place,
+                           const GridPlace* next, const float* allowed, float* scratch) {
     const Row of_lse = lse_rows.at(place);
-    const ForwardRow row = {
-        q_rows.at(place),
-        k_rows.at(place),
-        v_rows.at(place),
-        out_rows.at(place),
-        static_cast<float*>(of_lse.data),
-        of_lse.stride,
-        additions.bias(number % grid.heads()),
-        allowed,
-        {row_or_none(k_rows, next), row_or_none(v_rows, next), row_or_none(q_rows, next)}};
-    kernels.forward(shape, row, scratch);
+    ForwardRow rows = {};
+    find_rows(inputs, &place, rows.inputs);
+    find_rows(outputs, &place, rows.outputs);
+    find_rows(inputs, next, rows.next);
+    rows.before = before;
+    rows.lse = static_cast<float*>(of_lse.data);
+    rows.lse_stride = of_lse.stride;
+    rows.bias = additions.bias(row % grid.heads());
+    rows.allowed = allowed;
+    kernels.forward(shape, rows, scratch);
   };
   torch::stable::parallel_for(
       0, grid.rows(), rows_worth_a_thread(shape), [&](int64_t begin, int64_t end) {
@@ -227,28 +231,25 @@ void backward(const Tensor grad, const Tensor q, const Tensor k, const Tensor v,
   const RowShape shape = {row_type(q), grid.length(), q.size(-1), causal,
                           static_cast<float>(scale)};
   const RowKernels& kernels = row_kernels();
-  const Rows grad_rows(grad, grid), q_rows(q, grid), k_rows(k, grid), v_rows(v, grid);
-  const Rows dq_rows(dq, grid), dk_rows(dk, grid), dv_rows(dv, grid), lse_rows(lse, grid);
+  const Rows inputs[] = {{q, grid}, {k, grid}, {v, grid}, {grad, grid}};
+  const Rows outputs[] = {{dq, grid}, {dk, grid}, {dv, grid}};
+  const Rows lse_rows(lse, grid);
   const Additions additions(bias, mask, grid);
   const auto run = [&](int64_t begin, int64_t end, int64_t step, float* bias_sum) {
-    const auto one_row = [&](int64_t number, const GridPlace& place, const GridPlace* next,
-                             const float* allowed, float* scratch) {
+    const auto one_row = [&](int64_t row, int64_t before, const GridPlace& place,
+                             const GridPlace* next, const float* allowed, float* scratch) {
       const Row of_lse = lse_rows.at(place);
-      const BackwardRow row = {q_rows.at(place),
-                               k_rows.at(place),
-                               v_rows.at(place),
-                               grad_rows.at(place),
-                               dq_rows.at(place),
-                               dk_rows.at(place),
-                               dv_rows.at(place),
-                               static_cast<const float*>(of_lse.data),
-                               of_lse.stride,
-                               additions.bias(number % grid.heads()),
-                               allowed,
-                               bias_sum,
-                               {row_or_none(k_rows, next), row_or_none(v_rows, next),
-                                row_or_none(q_rows, next), row_or_none(grad_rows, next)}};
-      kernels.backward(shape, row, scratch);
+      BackwardRow rows = {};
+      find_rows(inputs, &place, rows.inputs);
+      find_rows(outputs, &place, rows.outputs);
+      find_rows(inputs, next, rows.next);
+      rows.before = before;
+      rows.lse = static_cast<const float*>(of_lse.data);
+      rows.lse_stride = of_lse.stride;
+      rows.bias = additions.bias(row % grid.heads());
+      rows.allowed = allowed;
+      rows.dbias = bias_sum;
+      kernels.backward(shape, rows, scratch);
     };
     for_rows(grid, additions, kernels.backward_scratch(shape), begin, end, step, one_row);
   };

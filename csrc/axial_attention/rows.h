@@ -23,28 +23,33 @@ struct Row {
 };
 
 // The rows of one head at one place, and what is added to their scores. Padded means that a row has
-// padded(length) numbers. `next` are the rows that the thread reads after these, fetched meanwhile.
+// padded(length) numbers. `next` are the inputs that the thread has after these, and `before` how
+// many it had already: while it computes the one, it brings the other into its scratch memory.
 struct ForwardRow {
-  Row q, k, v, out;
+  Row inputs[3];   // q, k, v
+  Row outputs[1];  // out
+  Row next[3];
+  int64_t before;
   float* lse;  // [length], lse_stride apart
   int64_t lse_stride;
   const float* bias;     // [length, padded], or null
   const float* allowed;  // [padded], 0 or minus infinity for each key, or null
-  Row next[3];
 };
 
 struct BackwardRow {
-  Row q, k, v, grad, dq, dk, dv;
+  Row inputs[4];   // q, k, v, grad
+  Row outputs[3];  // dq, dk, dv
+  Row next[4];
+  int64_t before;
   const float* lse;
   int64_t lse_stride;
   const float* bias;
   const float* allowed;
   float* dbias;  // [length, padded], which the gradient is added to, or null
-  Row next[4];
 };
 
 // One instruction set's kernels. They work in float32, in scratch memory that is aligned to 64
-// bytes and belongs to one thread.
+// bytes, belongs to one thread, and is left alone between its rows.
 struct RowKernels {
   int64_t (*forward_scratch)(const RowShape& shape);  // in floats
   int64_t (*backward_scratch)(const RowShape& shape);

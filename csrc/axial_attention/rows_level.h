@@ -19,6 +19,8 @@ typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t LooseHalves __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
 
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 constexpr int kLanes = VECTOR_BYTES / sizeof(float);
 constexpr int64_t kQueries = 64;  // whose scores are in scratch memory at a time
 constexpr float kInfinity = __builtin_inff();
@@ -136,15 +138,12 @@ void store_part(typename Type::Element* data, Floats values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) data[i] = whole[i];
 }
 
-// Positions begin to begin + count of a row, to [count, width] with zeros after the features.
+// A position of a row, times a factor, to [width] with zeros after the features.
 template <typename Type>
-void pack(const Row& row, int64_t begin, int64_t count, int64_t features, float scale,
-          float* packed, int64_t width) {
-  const auto* data = static_cast<const typename Type::Element*>(row.data) + begin * row.stride;
-  for (int64_t i = 0; i < count; ++i, data += row.stride, packed += width) {
-    for (int64_t d = 0; d < width; d += kLanes) {
-      at(packed + d) = load_part<Type>(data + d, features - d) * scale;
-    }
+void pack(const typename Type::Element* data, int64_t features, float factor, float* packed,
+          int64_t width) {
+  for (int64_t d = 0; d < width; d += kLanes) {
+    at(packed + d) = load_part<Type>(data + d, features - d) * factor;
   }
 }
 
@@ -187,71 +186,118 @@ inline void transpose(Floats (&square)[kLanes]) {
   }
 }
 
-// kLanes positions' features from d on to columns of [features, stride]. kWhole: there are kLanes
-// positions and features; else zeros stand in for those that are not there.
-template <typename Type, bool kWhole>
-inline void transpose_square(const typename Type::Element* data, int64_t row_stride,
-                             int64_t positions, int64_t features, float* packed, int64_t stride) {
-  Floats square[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if constexpr (kWhole) {
-      square[i] = Type::load(data + i * row_stride);
-    } else {
-      square[i] = i < positions ? load_part<Type>(data + i * row_stride, features) : Floats{};
-    }
-  }
-  transpose(square);
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (kWhole || i < features) at(packed + i * stride) = square[i];
-  }
-}
-
-// A row of `length` positions to [features, stride], with zeros after the positions.
-template <typename Type>
-void pack_transposed(const Row& row, int64_t length, int64_t features, float* packed,
-                     int64_t stride) {
-  const auto* data = static_cast<const typename Type::Element*>(row.data);
+// [length, width] to [features, stride], with zeros after the positions.
+void transpose(const float* packed, int64_t width, int64_t length, int64_t features,
+               float* transposed, int64_t stride) {
   for (int64_t i = 0; i < length; i += kLanes) {
     for (int64_t d = 0; d < features; d += kLanes) {
-      const bool whole = length - i >= kLanes && features - d >= kLanes;
-      const auto square = whole ? transpose_square<Type, true> : transpose_square<Type, false>;
-      square(data + i * row.stride + d, row.stride, length - i, features - d,
-             packed + d * stride + i, stride);
+      Floats square[kLanes];
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) {
+        square[j] = i + j < length ? at(packed + (i + j) * width + d) : Floats{};
+      }
+      transpose(square);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) {
+        if (d + j < features) at(transposed + (d + j) * stride + i) = square[j];
+      }
     }
   }
 }
 
-// Brings the rows that come next into the cache, so many lines with each tile of a product.
-template <typename Type>
-class Prefetch {
+// Brings rows into the cache: those that are written to next, then those that are read after them.
+// It does so by positions, evenly, from within the products' loops: memory is waited for by nobody
+// then.
+class Fetch {
  public:
-  Prefetch(const Row* rows, int count, int lines, const RowShape& shape)
-      : row_(rows), end_(rows + count), length_(shape.length), features_(shape.features) {
-    const int64_t lines_each = (features_ + kLine - 1) / kLine;
-    positions_ = (lines + lines_each - 1) / lines_each;
-    if (count > 0 && row_->data == nullptr) row_ = end_;
+  Fetch(const Row* outputs, int output_count, const Row* inputs, int input_count, int64_t element,
+        const RowShape& shape)
+      : outputs_(outputs),
+        outputs_end_(outputs + output_count),
+        inputs_(inputs),
+        inputs_end_(inputs + input_count),
+        element_(element),
+        bytes_(shape.features * element),
+        length_(shape.length) {}
+
+  // In step k of a product's loop.
+  ALWAYS_INLINE void step(int64_t k) {
+    if (k % 4 != 0) return;
+    if (left_ == 0) {
+      if (outputs_ != outputs_end_) {
+        begin(*outputs_++);
+      } else if (inputs_ != inputs_end_) {
+        begin(*inputs_++);
+        of_input_ = 1;
+      } else {
+        return;
+      }
+    }
+    for (int64_t byte = 0; byte < bytes_; byte += 64) __builtin_prefetch(next_ + byte);
+    next_ += stride_;
+    --left_;
+    input_positions_ += of_input_;
   }
 
-  void advance() {
-    if (row_ == end_) return;
-    const int64_t last = least(length_, position_ + positions_);
-    const auto* data = static_cast<const typename Type::Element*>(row_->data);
-    for (; position_ < last; ++position_) {
-      const auto* position = data + position_ * row_->stride;
-      for (int64_t d = 0; d < features_; d += kLine) __builtin_prefetch(position + d, 0, 3);
-    }
-    if (position_ == length_) {
-      position_ = 0;
-      ++row_;
-    }
-  }
+  // That have been fetched so far, of all inputs.
+  int64_t input_positions() const { return input_positions_; }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(typename Type::Element);
+  void begin(const Row& row) {
+    next_ = static_cast<const char*>(row.data);
+    stride_ = row.stride * element_;
+    left_ = length_;
+  }
+
+  const Row *outputs_, *outputs_end_, *inputs_, *inputs_end_;
+  int64_t element_, bytes_, length_;
+  const char* next_ = nullptr;
+  int64_t stride_ = 0, left_ = 0, of_input_ = 0, input_positions_ = 0;
+};
+
+// Packs rows to [rows, length, width], the first of them times the scale, while products run: what
+// they have fetched is packed between their tiles. A row of a tensor has its positions at powers of
+// two, which fall on few cache lines, so it must not stay there for long.
+template <typename Type>
+class Packing {
+ public:
+  Packing(const Row* rows, int count, const Row* outputs, int output_count, const RowShape& shape,
+          float* packed, int64_t width)
+      : row_(rows),
+        end_(rows->data == nullptr ? rows : rows + count),
+        fetch_(outputs, output_count, row_, end_ - row_, sizeof(typename Type::Element), shape),
+        length_(shape.length),
+        features_(shape.features),
+        factor_(shape.scale),
+        packed_(packed),
+        width_(width) {}
+
+  Fetch& fetch() { return fetch_; }
+
+  // What has been on its way for some time.
+  void advance() { pack_until(fetch_.input_positions() - 4); }
+
+  void finish() { pack_until(length_ * (end_ - row_) + done_ - position_); }
+
+ private:
+  void pack_until(int64_t last) {
+    for (; done_ < last; ++done_, packed_ += width_) {
+      const auto* data = static_cast<const typename Type::Element*>(row_->data);
+      pack<Type>(data + position_ * row_->stride, features_, factor_, packed_, width_);
+      if (++position_ == length_) {
+        position_ = 0;
+        factor_ = 1;
+        ++row_;
+      }
+    }
+  }
+
   const Row *row_, *end_;
-  int64_t length_, features_, positions_, position_ = 0;
+  Fetch fetch_;
+  int64_t length_, features_;
+  float factor_;
+  float* packed_;
+  int64_t width_, position_ = 0, done_ = 0;
 };
 
 // A factor of a product: element (i, k) is data[i * row + k * column].
@@ -303,7 +349,7 @@ struct Unpacked {
 // out[i, j] = Σ_k left(i, k) right[k, j], for kRows rows i and kVectors vectors of columns j.
 template <int kRows, int kVectors, typename Out>
 void multiply_tile(const Factor& left, const float* right, int64_t right_stride, int64_t depth,
-                   const Out& out) {
+                   const Out& out, Fetch& fetch) {
   Floats sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -314,6 +360,7 @@ void multiply_tile(const Factor& left, const float* right, int64_t right_stride,
   }
   const float* a = left.data;
   for (int64_t k = 0; k < depth; ++k, a += left.column, right += right_stride) {
+    fetch.step(k);
     Floats b[kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) b[j] = at(right + j * kLanes);
@@ -334,12 +381,12 @@ void multiply_tile(const Factor& left, const float* right, int64_t right_stride,
 // multiply_tile for a number of rows known only here.
 template <int kVectors, int kRows = TILE_ROWS, typename Out>
 void multiply_rows(int64_t rows, const Factor& left, const float* right, int64_t right_stride,
-                   int64_t depth, const Out& out) {
+                   int64_t depth, const Out& out, Fetch& fetch) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      multiply_tile<kRows, kVectors>(left, right, right_stride, depth, out);
+      multiply_tile<kRows, kVectors>(left, right, right_stride, depth, out, fetch);
     } else {
-      multiply_rows<kVectors, kRows - 1>(rows, left, right, right_stride, depth, out);
+      multiply_rows<kVectors, kRows - 1>(rows, left, right, right_stride, depth, out, fetch);
     }
   }
 }
@@ -358,7 +405,7 @@ enum class Causal {
 template <typename Type, typename Out>
 void multiply(Causal causal, int64_t first, const Factor& left, const float* right,
               int64_t right_stride, int64_t rows, int64_t depth, int64_t columns, const Out& out,
-              Prefetch<Type>& prefetch) {
+              Packing<Type>& packing) {
   const int64_t blocks = (rows + TILE_ROWS - 1) / TILE_ROWS;
   constexpr int64_t kPanel = TILE_VECTORS * kLanes;
   for (int64_t j = 0; j < columns; j += kPanel) {
@@ -370,15 +417,15 @@ void multiply(Causal causal, int64_t first, const Factor& left, const float* rig
       if (causal == Causal::kTransposed && begin > first) from = least(depth, begin - first);
       const Factor part = {left.data + begin * left.row + from * left.column, left.row,
                            left.column};
-      prefetch.advance();
+      packing.advance();
       const float* panel = right + from * right_stride + j;
       if (columns - j >= kPanel) {
         multiply_rows<TILE_VECTORS>(end - begin, part, panel, right_stride, to - from,
-                                    out.part(begin, j));
+                                    out.part(begin, j), packing.fetch());
       } else {
         for (int64_t v = 0; v < columns - j; v += kLanes) {
           multiply_rows<1>(end - begin, part, panel + v, right_stride, to - from,
-                           out.part(begin, j + v));
+                           out.part(begin, j + v), packing.fetch());
         }
       }
     }
@@ -435,7 +482,7 @@ struct Scratch {
 int64_t forward_scratch(const RowShape& shape) {
   const int64_t n = shape.length, d = padded(shape.features), keys = padded(n);
   const int64_t queries = least(n, kQueries);
-  return shape.features * keys + n * d + queries * (d + keys + 1) + 5 * 16;
+  return 2 * aligned(3 * n * d) + shape.features * keys + queries * (keys + 1) + 3 * 16;
 }
 
 template <typename Type>
@@ -444,24 +491,26 @@ void forward_of(const RowShape& shape, const ForwardRow& row, float* memory) {
   const int64_t width = padded(features), keys = padded(n), columns = whole_vectors(n);
   const int64_t most = least(n, kQueries);
   Scratch scratch = {memory};
+  float* packed[2] = {scratch.take(3 * n * width), scratch.take(3 * n * width)};
   float* k_transposed = scratch.take(features * keys);
-  float* v = scratch.take(n * width);
-  float* q = scratch.take(most * width);
   float* scores = scratch.take(most * keys);
   float* factors = scratch.take(most);
-  Prefetch<Type> prefetch(row.next, 3, 32, shape);
-  pack_transposed<Type>(row.k, n, features, k_transposed, keys);
-  pack<Type>(row.v, 0, n, features, 1, v, width);
+  const float* q = packed[row.before % 2];
+  const float *k = q + n * width, *v = k + n * width;
+  if (row.before == 0) Packing<Type>(row.inputs, 3, nullptr, 0, shape, packed[0], width).finish();
+  Packing<Type> packing(row.next, 3, row.outputs, most == n ? 1 : 0, shape,
+                        packed[(row.before + 1) % 2], width);
+  transpose(k, width, n, features, k_transposed, keys);
 
   for (int64_t begin = 0; begin < n; begin += most) {
     const int64_t queries = least(most, n - begin);
-    pack<Type>(row.q, begin, queries, features, shape.scale, q, width);
-    multiply(shape.causal ? Causal::kResult : Causal::kNo, begin, {q, width, 1}, k_transposed, keys,
-             queries, features, columns, Packed{scores, keys}, prefetch);
+    multiply(shape.causal ? Causal::kResult : Causal::kNo, begin, {q + begin * width, width, 1},
+             k_transposed, keys, queries, features, columns, Packed{scores, keys}, packing);
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t query = begin + i;
       complete_scores(scores + i * keys, shape.causal ? query + 1 : n, columns,
                       row.bias == nullptr ? nullptr : row.bias + query * keys, row.allowed);
+
       float maximum, sum;
       exponentiate(scores + i * keys, columns, &maximum, &sum);
       factors[i] = sum == 0 ? 0 : 1 / sum;
@@ -469,15 +518,17 @@ void forward_of(const RowShape& shape, const ForwardRow& row, float* memory) {
     }
     multiply(shape.causal ? Causal::kLower : Causal::kNo, begin, {scores, keys, 1}, v, width,
              queries, n, whole_vectors(features),
-             Unpacked<Type>(row.out, begin, features, factors, 1), prefetch);
+             Unpacked<Type>(row.outputs[0], begin, features, factors, 1), packing);
   }
+  packing.finish();
 }
 
 // Rows longer than a block of queries sum their dk and dv in scratch memory.
 int64_t backward_scratch(const RowShape& shape) {
   const int64_t n = shape.length, d = padded(shape.features), keys = padded(n);
   const int64_t queries = least(n, kQueries);
-  return 2 * shape.features * keys + 3 * n * d + queries * (2 * d + 2 * keys) + 9 * 16;
+  return 2 * aligned(4 * n * d) + 2 * shape.features * keys + 2 * queries * keys + 2 * n * d +
+         6 * 16;
 }
 
 template <typename Type>
@@ -486,31 +537,31 @@ void backward_of(const RowShape& shape, const BackwardRow& row, float* memory) {
   const int64_t width = padded(features), keys = padded(n), columns = whole_vectors(n);
   const int64_t used = whole_vectors(features), most = least(n, kQueries);
   Scratch scratch = {memory};
+  float* packed[2] = {scratch.take(4 * n * width), scratch.take(4 * n * width)};
   float* k_transposed = scratch.take(features * keys);
   float* v_transposed = scratch.take(features * keys);
-  float* k = scratch.take(n * width);
-  float* q = scratch.take(most * width);
-  float* grad = scratch.take(most * width);
   float* p = scratch.take(most * keys);
   float* ds = scratch.take(most * keys);
   float* dk = scratch.take(n * width);
   float* dv = scratch.take(n * width);
-  Prefetch<Type> prefetch(row.next, 4, 16, shape);
-  pack_transposed<Type>(row.k, n, features, k_transposed, keys);
-  pack_transposed<Type>(row.v, n, features, v_transposed, keys);
-  pack<Type>(row.k, 0, n, features, 1, k, width);
+  const float* first = packed[row.before % 2];
+  const float *k = first + n * width, *v = k + n * width, *first_grad = v + n * width;
+  if (row.before == 0) Packing<Type>(row.inputs, 4, nullptr, 0, shape, packed[0], width).finish();
+  Packing<Type> packing(row.next, 4, row.outputs, most == n ? 3 : 0, shape,
+                        packed[(row.before + 1) % 2], width);
+  transpose(k, width, n, features, k_transposed, keys);
+  transpose(v, width, n, features, v_transposed, keys);
   const Causal result = shape.causal ? Causal::kResult : Causal::kNo;
   const Causal lower = shape.causal ? Causal::kLower : Causal::kNo;
   const Causal transposed = shape.causal ? Causal::kTransposed : Causal::kNo;
 
   for (int64_t begin = 0; begin < n; begin += most) {
     const int64_t queries = least(most, n - begin);
-    pack<Type>(row.q, begin, queries, features, shape.scale, q, width);
-    pack<Type>(row.grad, begin, queries, features, 1, grad, width);
+    const float *q = first + begin * width, *grad = first_grad + begin * width;
     multiply(result, begin, {q, width, 1}, k_transposed, keys, queries, features, columns,
-             Packed{p, keys}, prefetch);
+             Packed{p, keys}, packing);
     multiply(result, begin, {grad, width, 1}, v_transposed, keys, queries, features, columns,
-             Packed{ds, keys}, prefetch);
+             Packed{ds, keys}, packing);
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t query = begin + i, allowed_keys = shape.causal ? query + 1 : n;
       float *p_row = p + i * keys, *ds_row = ds + i * keys;
@@ -537,23 +588,24 @@ void backward_of(const RowShape& shape, const BackwardRow& row, float* memory) {
       }
     }
     multiply(lower, begin, {ds, keys, 1}, k, width, queries, n, used,
-             Unpacked<Type>(row.dq, begin, features, nullptr, shape.scale), prefetch);
+             Unpacked<Type>(row.outputs[0], begin, features, nullptr, shape.scale), packing);
     const Factor p_transposed = {p, 1, keys}, ds_transposed = {ds, 1, keys};
     if (most == n) {
       multiply(transposed, 0, p_transposed, grad, width, n, n, used,
-               Unpacked<Type>(row.dv, 0, features, nullptr, 1), prefetch);
+               Unpacked<Type>(row.outputs[2], 0, features, nullptr, 1), packing);
       multiply(transposed, 0, ds_transposed, q, width, n, n, used,
-               Unpacked<Type>(row.dk, 0, features, nullptr, 1), prefetch);
+               Unpacked<Type>(row.outputs[1], 0, features, nullptr, 1), packing);
     } else {
       multiply(transposed, begin, p_transposed, grad, width, n, queries, used,
-               Packed{dv, width, begin > 0}, prefetch);
+               Packed{dv, width, begin > 0}, packing);
       multiply(transposed, begin, ds_transposed, q, width, n, queries, used,
-               Packed{dk, width, begin > 0}, prefetch);
+               Packed{dk, width, begin > 0}, packing);
     }
   }
+  packing.finish();
   if (most < n) {
-    unpack<Type>(dk, width, row.dk, n, features);
-    unpack<Type>(dv, width, row.dv, n, features);
+    unpack<Type>(dk, width, row.outputs[1], n, features);
+    unpack<Type>(dv, width, row.outputs[2], n, features);
   }
 }
 
