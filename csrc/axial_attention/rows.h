@@ -51,7 +51,7 @@ struct BackwardRow {
 // One instruction set's kernels. They work in float32, in scratch memory that is aligned to 64
 // bytes, belongs to one thread, and is left alone between its rows.
 struct RowKernels {
-  int64_t (*forward_scratch)(const RowShape& shape);  // in floats
+  int64_t (*forward_scratch)(const RowShape& shape);  // in floats, a multiple of 16
   int64_t (*backward_scratch)(const RowShape& shape);
   void (*forward)(const RowShape& shape, const ForwardRow& row, float* scratch);
   void (*backward)(const RowShape& shape, const BackwardRow& row, float* scratch);

@@ -482,7 +482,8 @@ struct Scratch {
 int64_t forward_scratch(const RowShape& shape) {
   const int64_t n = shape.length, d = padded(shape.features), keys = padded(n);
   const int64_t queries = least(n, kQueries);
-  return 2 * aligned(3 * n * d) + shape.features * keys + queries * (keys + 1) + 3 * 16;
+  return 2 * aligned(3 * n * d) + aligned(shape.features * keys) + aligned(queries * keys) +
+         aligned(queries);
 }
 
 template <typename Type>
@@ -527,8 +528,8 @@ void forward_of(const RowShape& shape, const ForwardRow& row, float* memory) {
 int64_t backward_scratch(const RowShape& shape) {
   const int64_t n = shape.length, d = padded(shape.features), keys = padded(n);
   const int64_t queries = least(n, kQueries);
-  return 2 * aligned(4 * n * d) + 2 * shape.features * keys + 2 * queries * keys + 2 * n * d +
-         6 * 16;
+  return 2 * aligned(4 * n * d) + 2 * aligned(shape.features * keys) + 2 * aligned(queries * keys) +
+         2 * aligned(n * d);
 }
 
 template <typename Type>
