@@ -152,7 +152,8 @@ def full(
         for operation, contests in run.operations.items():
             parts += [f"### `{operation}`", comparison(contests, run.gpu)]
             parts += (pictures or {}).get(run.path, {}).get(operation, [])
-            parts += [everyone(contests, run.gpu), *left_out(contests)]
+            parts += [everyone(contests, run.gpu), *breakdown(contests, run.gpu)]
+            parts += left_out(contests)
     return "\n\n".join(parts) + "\n"
 
 
@@ -238,6 +239,22 @@ def everyone(contests: Sequence[Contest], gpu: bool) -> str:
                 row.append(contest.contenders.get(name, {"status": "–"})["status"])
         rows.append(row)
     return _table(contests, ["pass", *names], rows, left=2)
+
+
+def breakdown(contests: Sequence[Contest], gpu: bool) -> list[str]:
+    """Where each contender's time goes, for those that say it: a table, or nothing."""
+    told = [(c, name, c.contenders[name]) for c in contests for name in c.timed]
+    told = [(contest, name, entry) for contest, name, entry in told if "where" in entry]
+    if not told:
+        return []
+    parts = list(dict.fromkeys(part for _, _, entry in told for part in entry["where"]))
+    rows = []
+    for contest, name, entry in told:
+        where = entry["where"]
+        speed = _digits(entry["images_per_second"]) if gpu else f"{_digits(contest.ratio(name))}×"
+        rows.append([name, speed, *(f"{where[p]:.0%}" if p in where else "–" for p in parts)])
+    head = ["contender", "images a second" if gpu else "time", *parts]
+    return [_table([contest for contest, _, _ in told], head, rows, left=2)]
 
 
 def left_out(contests: Sequence[Contest]) -> list[str]:

@@ -22,11 +22,11 @@ class Choice(NamedTuple):
     operator: str
     device: str
     backends: tuple[str, ...]  # best first
-    results: str | None = None  # the file under benchmarks/results/ that shows it; None: no two
+    results: str | None = None  # the file under benchmarks/results/ that shows it; None: none does
 
 
 CHOICES = (
-    Choice("axial_attention", "cpu", ("cpu", "reference")),
+    Choice("axial_attention", "cpu", ("cpu", "reference"), "axial_attention_cpu.json"),
     Choice("axial_attention", "cuda", ("cuda", "triton", "reference")),
     Choice("quantize_colors", "cpu", ("cpu", "reference"), "color_cross_entropy_cpu.json"),
     Choice("quantize_colors", "cuda", ("cuda", "reference")),

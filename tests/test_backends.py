@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from gcrl_kernels import backends
 from gcrl_kernels.backends import BackendUnavailableError, choose, unavailable
 
 ANY = torch.empty(2)
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -41,6 +43,24 @@ def test_cuda_library_registers_wherever_there_is_nvcc(setup_script: ModuleType)
     assert backends.is_loaded("cuda"), unavailable("cuda")
     operator = "gcrl_kernels_cuda::quantize_colors"
     assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
+
+
+@pytest.mark.parametrize("choice", backends.CHOICES, ids=lambda c: f"{c.operator}-{c.device}")
+def test_a_choice_on_the_cpu_names_results_that_show_it(choice: backends.Choice) -> None:
+    """The first choice is the fastest of ours, wherever its operator was measured."""
+    if choice.results is None:
+        assert choice.device == "cuda" or len(choice.backends) == 1, "not measured"
+        return
+    results = json.loads((RESULTS / choice.results).read_text())
+    contests = [c for c in results["contests"] if c["operation"] == choice.operator]
+    assert contests
+    best, *others = choice.backends
+    faster = []
+    for contest in contests:
+        times = {name: c["median"] for name, c in contest["contenders"].items() if "median" in c}
+        ours = [times[f"gcrl_kernels {name}"] for name in others]
+        faster.append(times[f"gcrl_kernels {best}"] <= min(ours))
+    assert sum(faster) > len(faster) / 2
 
 
 def test_reference_is_always_available() -> None:

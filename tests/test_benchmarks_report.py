@@ -148,6 +148,22 @@ def test_what_all_cases_share_is_in_the_head(run) -> None:
     ]  # fmt: skip
 
 
+def test_where_the_time_goes_is_told_by_those_that_know(run) -> None:
+    def knows(milliseconds: float, **where: float) -> dict[str, Any]:
+        return {**ok(milliseconds), "images_per_second": 4 / milliseconds * 1e3, "where": where}
+
+    step = contest({"gcrl_kernels eager": knows(2, attention=0.25, rest=0.75),
+                    "PyTorch": ok(3), "lightly": knows(4, rest=1.0)})  # fmt: skip
+    (table,) = report.breakdown(run(step).operations["quantize_colors"], gpu=False)
+    assert table.splitlines()[0] == "| case | contender | time | attention | rest |"
+    assert [row[1:] for row in rows(table)] == [
+        ["gcrl_kernels eager", "1.00×", "25%", "75%"], ["lightly", "2.00×", "–", "100%"]
+    ]  # fmt: skip
+    (table,) = report.breakdown(run(step, gpu="H200").operations["quantize_colors"], gpu=True)
+    assert rows(table)[0][1:3] == ["gcrl_kernels eager", "2000"]
+    assert report.breakdown(run(BOTH).operations["quantize_colors"], gpu=False) == []
+
+
 def test_who_is_left_out_is_told_once_with_the_reason(run) -> None:
     absent = {"lightly": {"status": "skipped", "reason": "lightly is not installed"}}
     wrong = {"FAISS": {"status": "wrong", "reason": "the output is 0.1 off,\n`x` is allowed"}}

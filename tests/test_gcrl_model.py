@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_model import draw_tokens, make_model
+from torch.profiler import ProfilerActivity, profile
 
 from gcrl.config import ModelConfig, ObjectiveConfig
 from gcrl.model import GCRL
@@ -271,3 +272,15 @@ def test_wrong_views_are_named():
         model(weak, weak.int(), BOTH)
     with pytest.raises(ValueError, match=r"^strong: expected as many images as weak, 4, got 3"):
         model(weak, weak[:3], BOTH)
+
+
+def test_backward_concatenates_nothing():
+    """q, k and v have one gradient: they come from one projection, and attention takes it whole."""
+    model = make_model(dtype=torch.float32)
+    tokens = draw_tokens(4)
+    loss = model.logits(tokens).square().mean() + model.project(model.features(tokens)).sum()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        loss.backward()
+    called = {event.key for event in profiler.key_averages()}
+    assert any(name.endswith("axial_attention_packed_backward") for name in called), called
+    assert not called & {"aten::cat", "aten::stack"}
