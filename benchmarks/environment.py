@@ -36,7 +36,8 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **_versions()},
         "commit": commit or None,
-        "clean": bool(commit) and not _git("status", "--porcelain"),
+        "clean": bool(commit)
+        and not _git("status", "--porcelain", "--", ".", ":!benchmarks/results"),
     }
 
 
