@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcrl_kernels import color_cross_entropy, linear_color_cross_entropy, quantize_colors
 from gcrl_kernels.color_cross_entropy import ops
@@ -239,6 +240,56 @@ def test_the_backward_may_overwrite_the_logits(backend, reduction, dtype) -> Non
     assert results[0][1].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_that_the_backward_overwrote_serve_no_second_one(backend) -> None:
+    leaf, pixels, palette = scene(4, 5)
+    logits = leaf.requires_grad_() * 2
+    loss = color_cross_entropy(logits, pixels, palette, inplace_backward=True, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert gradient.data_ptr() == logits.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, logits)
+
+
+class Returned(TorchDispatchMode):
+    """What the operators return whose names begin with `name`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.results = name, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if str(func).startswith(self.name):
+            self.results.append(result)
+        return result
+
+
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("needed", ["", "h", "w", "b", "hb"])
+def test_only_gradients_that_somebody_needs_are_computed(backend, reduction, needed) -> None:
+    tokens = torch.randint(0, 4, (6,))
+    leaves = [torch.randn(shape) for shape in ((6, 3), (4, 3), (4,))]
+    expected = [tensor.double().requires_grad_() for tensor in leaves]
+    plain(expected[0] @ expected[1].T + expected[2], tokens, reduction=reduction).sum().backward()
+    for tensor, name in zip(leaves, "hwb", strict=True):
+        tensor.requires_grad_(name in needed)
+    with Returned("gcrl_kernels.linear_color") as watch:
+        loss = linear_color_cross_entropy(
+            *leaves[:2], tokens, bias=leaves[2], reduction=reduction, backend=backend
+        ).sum()
+        if needed:
+            loss.backward()
+    wanted = [name in needed for name in "hwb"]
+    computed = [[tensor.numel() > 0 for tensor in result[-3:]] for result in watch.results]
+    forward = wanted if reduction == "mean" else [False] * 3
+    assert computed == ([forward, wanted] if needed else [forward])
+    for leaf, exact in zip(leaves, expected, strict=True):
+        if leaf.requires_grad:
+            torch.testing.assert_close(leaf.grad, exact.grad.float())
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradcheck(reduction) -> None:
     torch.manual_seed(0)
@@ -270,7 +321,7 @@ def test_a_second_derivative_raises() -> None:
             gradient.square().sum().backward()
 
 
-@pytest.mark.parametrize("reduction, needs_grad", [("mean", True), ("none", False)])
+@pytest.mark.parametrize("reduction, needs_grad", [("mean", [True] * 3), ("none", [False] * 3)])
 def test_opcheck(reduction, needs_grad) -> None:
     logits, pixels, palette = scene(2, 3, colors=5)
     mask = torch.rand(2, 3) > 0.5
