@@ -117,7 +117,7 @@ def test_any_shape(backend, positions, colors, features, as_tokens) -> None:
         return plain((hidden @ weight.T).view(-1, colors), tokens.flatten())
 
     assert_as_accurate(ours, apart, [hidden, weight], torch.float32)
-    loss = color_cross_entropy(logits, *targets)
+    loss = color_cross_entropy(logits, *targets, backend=backend)
     torch.testing.assert_close(loss, plain(logits.view(-1, colors), tokens.flatten()))
 
 
@@ -184,7 +184,7 @@ def test_nothing_counted_is_nan_with_zero_gradients(backend) -> None:
     tokens = torch.zeros(6, dtype=torch.long)
     for loss in (
         linear_color_cross_entropy(hidden, weight, tokens, mask=mask, backend=backend),
-        color_cross_entropy(hidden @ weight.T, tokens, mask=mask),
+        color_cross_entropy(hidden @ weight.T, tokens, mask=mask, backend=backend),
     ):
         assert loss.isnan()
         (gradient,) = torch.autograd.grad(loss, hidden)
@@ -207,7 +207,7 @@ def test_a_wrong_value_shows_as_nan(backend, wrong) -> None:
     losses = linear_color_cross_entropy(hidden, weight, *targets, reduction="none", backend=backend)
     assert losses.isnan().tolist() == [False, False, True, False, False, False]
     assert linear_color_cross_entropy(hidden, weight, *targets, backend=backend).isnan()
-    losses = color_cross_entropy(hidden @ weight.T, *targets, reduction="none")
+    losses = color_cross_entropy(hidden @ weight.T, *targets, reduction="none", backend=backend)
     assert losses.isnan().tolist() == [False, False, True, False, False, False]
 
 
@@ -321,8 +321,9 @@ def test_a_second_derivative_raises() -> None:
             gradient.square().sum().backward()
 
 
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 @pytest.mark.parametrize("reduction, needs_grad", [("mean", [True] * 3), ("none", [False] * 3)])
-def test_opcheck(reduction, needs_grad) -> None:
+def test_opcheck(backend, reduction, needs_grad) -> None:
     logits, pixels, palette = scene(2, 3, colors=5)
     mask = torch.rand(2, 3) > 0.5
     hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
@@ -331,14 +332,13 @@ def test_opcheck(reduction, needs_grad) -> None:
         (None, (pixels, palette)),
         (torch.randn(5, requires_grad=True), (nearest(pixels, palette), None)),
     ):
-        arguments = (hidden, weight, bias, *targets, *options, needs_grad, "reference")
+        arguments = (hidden, weight, bias, *targets, *options, needs_grad, backend)
         torch.library.opcheck(ops.linear_color_cross_entropy, arguments)
-        arguments = (logits.requires_grad_(), *targets, *options, False, "reference")
+        arguments = (logits.requires_grad_(), *targets, *options, False, backend)
         torch.library.opcheck(ops.color_cross_entropy, arguments)
-    for backend in backends_here("quantize_colors"):
-        for dtype in (torch.uint8, torch.float32):
-            arguments = (pixels.to(dtype), palette.to(dtype), backend)
-            torch.library.opcheck(ops.quantize_colors, arguments)
+    for dtype in (torch.uint8, torch.float32):
+        arguments = (pixels.to(dtype), palette.to(dtype), backend)
+        torch.library.opcheck(ops.quantize_colors, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -393,12 +393,19 @@ def test_autocast_casts_the_product_and_never_the_colours() -> None:
         assert gradient.dtype == torch.float32
 
 
-def test_no_positions() -> None:
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
+def test_no_positions(backend) -> None:
     hidden, weight = torch.randn(0, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
-    loss = linear_color_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.long))
-    assert loss.isnan()
-    loss.backward()
-    assert not weight.grad.any()
+    tokens = torch.zeros(0, dtype=torch.long)
+    for reduction in ("mean", "sum", "none"):
+        options = {"reduction": reduction, "backend": backend}
+        loss = linear_color_cross_entropy(hidden, weight, tokens, **options)
+        of_logits = color_cross_entropy(hidden @ weight.T, tokens, **options)
+        assert loss.shape == of_logits.shape
+        assert loss.isnan().all() if reduction == "mean" else not loss.any()
+        for each in (loss, of_logits):
+            (gradient,) = torch.autograd.grad(each.sum(), weight)
+            assert not gradient.any()
 
 
 LOGITS, PIXELS, PALETTE = torch.zeros(4, 5), torch.zeros(4, 3), torch.zeros(5, 3)

@@ -12,6 +12,7 @@
 #include "axial_attention/grid.h"
 #include "axial_attention/rows.h"
 #include "common/cpu_level.h"
+#include "common/tensors.h"
 
 namespace gcrl_kernels {
 namespace {
@@ -27,20 +28,6 @@ const RowKernels& row_kernels() {
   if (cpu_level() == CpuLevel::kAvx2) return avx2::row_kernels;
 #endif
   return portable::row_kernels;
-}
-
-RowType row_type(const Tensor& tensor) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return RowType::kFloat32;
-    case ScalarType::Half:
-      return RowType::kFloat16;
-    case ScalarType::BFloat16:
-      return RowType::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "q: expected float32, float16 or bfloat16");
-  }
 }
 
 // One thread's scratch memory, aligned to the widest vectors.
@@ -130,14 +117,15 @@ template <typename Function>
 void for_rows(const Grid& grid, const Additions& additions, int64_t scratch_floats, int64_t begin,
               int64_t end, int64_t step, const Function& function) {
   if (begin >= end) return;
-  const Scratch scratch(scratch_floats + additions.keys());
+  const int64_t aligned = (scratch_floats + 15) / 16 * 16;
+  const Scratch scratch(aligned + additions.keys());
   const float* allowed = nullptr;
   int64_t line = -1;
   GridPlace place = grid.place(begin), next;
   for (int64_t row = begin; row < end; row += step, place = next) {
     if (row / grid.heads() != line) {
       line = row / grid.heads();
-      allowed = additions.allowed(place, scratch.data() + scratch_floats);
+      allowed = additions.allowed(place, scratch.data() + aligned);
     }
     const bool last = row + step >= end;
     if (!last) next = grid.place(row + step);
@@ -153,7 +141,7 @@ void forward(const Tensor q, const Tensor k, const Tensor v, std::optional<Tenso
              std::optional<Tensor> mask, int64_t axis, bool causal, double scale, const Tensor out,
              const Tensor lse) {
   const Grid grid(q, axis);
-  const RowShape shape = {row_type(q), grid.length(), q.size(-1), causal,
+  const RowShape shape = {float_type(q, "q"), grid.length(), q.size(-1), causal,
                           static_cast<float>(scale)};
   const RowKernels& kernels = row_kernels();
   const Rows q_rows(q, grid), k_rows(k, grid), v_rows(v, grid), out_rows(out, grid);
@@ -224,7 +212,7 @@ void backward(const Tensor grad, const Tensor q, const Tensor k, const Tensor v,
               int64_t axis, bool causal, double scale, const Tensor dq, const Tensor dk,
               const Tensor dv, std::optional<Tensor> dbias) {
   const Grid grid(q, axis);
-  const RowShape shape = {row_type(q), grid.length(), q.size(-1), causal,
+  const RowShape shape = {float_type(q, "q"), grid.length(), q.size(-1), causal,
                           static_cast<float>(scale)};
   const RowKernels& kernels = row_kernels();
   const Rows grad_rows(grad, grid), q_rows(q, grid), k_rows(k, grid), v_rows(v, grid);

@@ -5,6 +5,8 @@
 
 #include <initializer_list>
 
+#include "common/float_type.h"
+
 namespace gcrl_kernels {
 
 // The operators' callers have cast and laid out their tensors; these checks keep a direct call from
@@ -26,6 +28,15 @@ inline void check_last_sizes(const torch::stable::Tensor& tensor, const char* na
                     " in dimension ", dimension, ", got ", tensor.size(dimension));
     ++dimension;
   }
+}
+
+inline FloatType float_type(const torch::stable::Tensor& tensor, const char* name) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = tensor.scalar_type();
+  if (type == ScalarType::Half) return FloatType::kFloat16;
+  if (type == ScalarType::BFloat16) return FloatType::kBFloat16;
+  STD_TORCH_CHECK(type == ScalarType::Float, name, ": expected float32, float16 or bfloat16");
+  return FloatType::kFloat32;
 }
 
 inline void check_same_device(const torch::stable::Tensor& tensor, const char* name,

@@ -17,34 +17,22 @@ import torch
 from torch import Tensor
 
 from gcrl_kernels.color_cross_entropy import reference
+from gcrl_kernels.color_cross_entropy.compiled import Compiled
 from gcrl_kernels.color_cross_entropy.implementation import Implementation
 from gcrl_kernels.operators import accumulation_dtype, define, differentiate, once_differentiable
 
 _OPTIONS = "str reduction, float label_smoothing, float z_loss"
 
 
-def _compiled(namespace: str) -> Any:
-    """The compiled quantiser of a library, on contiguous tensors of the dtypes that it takes."""
-
-    def quantize(pixels: Tensor, palette: Tensor) -> Tensor:
-        if pixels.dtype == torch.uint8 and not palette.is_floating_point():
-            palette = palette.to(torch.int32)
-        else:
-            dtype = reference.distance_dtype(pixels, palette)
-            pixels, palette = pixels.to(dtype), palette.to(dtype)
-        library = getattr(torch.ops, namespace)
-        return library.quantize_colors(pixels.contiguous(), palette.contiguous())
-
-    return quantize
-
-
+_CPU = Compiled("gcrl_kernels_cpu")
 QUANTIZERS = {
     "reference": reference.quantize_colors,
-    "cpu": _compiled("gcrl_kernels_cpu"),
-    "cuda": _compiled("gcrl_kernels_cuda"),
+    "cpu": _CPU.quantize_colors,
+    "cuda": Compiled("gcrl_kernels_cuda").quantize_colors,
 }
 IMPLEMENTATIONS = {
     "reference": reference.IMPLEMENTATION,
+    "cpu": _CPU.implementation(),
 }
 
 
