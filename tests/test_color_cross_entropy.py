@@ -251,6 +251,19 @@ def test_logits_that_the_backward_overwrote_serve_no_second_one(backend) -> None
         torch.autograd.grad(loss, logits)
 
 
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
+def test_the_last_backward_takes_the_memory_of_what_the_forward_made(backend) -> None:
+    hidden, weight = torch.randn(6, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    with Returned("gcrl_kernels.linear_color_cross_entropy.default") as watch:
+        loss = linear_color_cross_entropy(hidden, weight, torch.arange(6) % 4, backend=backend)
+    made = {tensor.data_ptr() for tensor in watch.results[0][-3:]}
+    first = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
+    last = torch.autograd.grad(loss, [hidden, weight])
+    assert not made & {tensor.data_ptr() for tensor in first}
+    assert {tensor.data_ptr() for tensor in last} <= made
+    assert all(torch.equal(*pair) for pair in zip(first, last, strict=True))
+
+
 class Returned(TorchDispatchMode):
     """What the operators return whose names begin with `name`."""
 
@@ -282,9 +295,13 @@ def test_only_gradients_that_somebody_needs_are_computed(backend, reduction, nee
         if needed:
             loss.backward()
     wanted = [name in needed for name in "hwb"]
-    computed = [[tensor.numel() > 0 for tensor in result[-3:]] for result in watch.results]
-    forward = wanted if reduction == "mean" else [False] * 3
-    assert computed == ([forward, wanted] if needed else [forward])
+    made = [result for result in watch.results if isinstance(result, tuple)]
+    computed = [[tensor.numel() > 0 for tensor in result[-3:]] for result in made]
+    assert computed == (
+        [[False] * 3, wanted]
+        if reduction == "none" and needed
+        else [wanted if reduction == "mean" else [False] * 3]
+    )
     for leaf, exact in zip(leaves, expected, strict=True):
         if leaf.requires_grad:
             torch.testing.assert_close(leaf.grad, exact.grad.float())
@@ -332,7 +349,7 @@ def test_opcheck(backend, reduction, needs_grad) -> None:
         (None, (pixels, palette)),
         (torch.randn(5, requires_grad=True), (nearest(pixels, palette), None)),
     ):
-        arguments = (hidden, weight, bias, *targets, *options, needs_grad, backend)
+        arguments = (hidden, weight, bias, *targets, *options, needs_grad, False, backend)
         torch.library.opcheck(ops.linear_color_cross_entropy, arguments)
         arguments = (logits.requires_grad_(), *targets, *options, False, backend)
         torch.library.opcheck(ops.color_cross_entropy, arguments)

@@ -158,6 +158,7 @@ def linear_color_cross_entropy(
             forward_differentiates and tensor is not None and tensor.requires_grad
             for tensor in (hidden, weight, bias)
         ],
+        True,  # nobody else sees the gradients that the forward makes
         _choose("linear_color_cross_entropy", backend, hidden),
     )
     return (loss, z_term) if return_z_loss else loss

@@ -141,6 +141,7 @@ def _linear_forward(implementation: Implementation) -> Callable[..., Any]:
         label_smoothing: float,
         z_loss: float,
         needs_sum_grad: list[bool],
+        inplace_backward: bool,
     ) -> tuple[Tensor, ...]:
         loss, z_term, lse, tokens, dhidden, *gradients = implementation.linear_forward(
             _positions(hidden),
@@ -192,18 +193,22 @@ def _linear_backward(implementation: Implementation) -> Callable[..., Any]:
     return backward
 
 
-def _scale_sum_gradients(
-    grad: Tensor, count: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor
-) -> tuple[Tensor, ...]:
+def _scaled(grad: Tensor, count: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    scaled = torch.empty_like(gradient, dtype=dtype)
+    _write_scaled(grad, count, gradient, scaled)
+    return scaled
+
+
+def _scale_in_place(grad: Tensor, count: Tensor, gradient: Tensor) -> None:
+    _write_scaled(grad, count, gradient, gradient)
+
+
+def _write_scaled(grad: Tensor, count: Tensor, gradient: Tensor, scaled: Tensor) -> None:
     scale = _scale(grad, count)
     if scale.device.type != "cpu":
         # A tensor without dimensions would be rounded to a half; on a CPU it is not.
         scale = scale[None]
-    gradients = (dhidden, dweight, dbias)
-    return tuple(
-        torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dhidden.dtype))
-        for gradient in gradients
-    )
+    torch.mul(gradient, scale, out=scaled)
 
 
 def _loss_shapes(hidden: Tensor, reduction: str, keep: bool) -> tuple[Tensor, ...]:
@@ -222,7 +227,7 @@ def _loss_shapes(hidden: Tensor, reduction: str, keep: bool) -> tuple[Tensor, ..
 def _linear_shapes(
     hidden: Tensor, weight: Tensor, bias: Any, pixels: Any, palette: Any, mask: Any, *options: Any
 ) -> tuple[Tensor, ...]:
-    reduction, _, _, needs_sum_grad = options
+    reduction, _, _, needs_sum_grad, _ = options
     dtype = accumulation_dtype(hidden.dtype)
     return (
         *_loss_shapes(hidden, reduction, reduction == "none"),
@@ -275,7 +280,8 @@ _color_backward_in_place = define(
 )
 linear_color_cross_entropy = define(
     "linear_color_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor pixels, "
-    f"Tensor? palette, Tensor? mask, {_OPTIONS}, bool[] needs_sum_grad, str backend) "
+    f"Tensor? palette, Tensor? mask, {_OPTIONS}, bool[] needs_sum_grad, bool inplace_backward, "
+    "str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _for_each(_linear_forward),
     _linear_shapes,
@@ -287,13 +293,17 @@ _linear_color_backward = define(
     _for_each(_linear_backward),
     lambda grad, hidden, weight, *rest: _gradient_shapes(hidden, weight, rest[-1], weight.dtype),
 )
-_scale_linear_gradients = define(
-    "linear_color_cross_entropy_scale(Tensor grad, Tensor count, Tensor dhidden, Tensor dweight, "
-    "Tensor dbias, str backend) -> (Tensor, Tensor, Tensor)",
-    dict.fromkeys(IMPLEMENTATIONS, _scale_sum_gradients),
-    lambda grad, count, dhidden, *rest: tuple(
-        torch.empty_like(gradient, dtype=dhidden.dtype) for gradient in (dhidden, *rest)
-    ),
+_scale_sum_gradient = define(
+    "linear_color_cross_entropy_scale(Tensor grad, Tensor count, Tensor gradient, "
+    "ScalarType dtype, str backend) -> Tensor",
+    dict.fromkeys(IMPLEMENTATIONS, _scaled),
+    lambda grad, count, gradient, dtype: torch.empty_like(gradient, dtype=dtype),
+)
+_scale_sum_gradient_in_place = define(
+    "linear_color_cross_entropy_scale_(Tensor grad, Tensor count, Tensor(a!) gradient, "
+    "str backend) -> ()",
+    dict.fromkeys(IMPLEMENTATIONS, _scale_in_place),
+    lambda *arguments: None,
 )
 
 
@@ -307,25 +317,25 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradient(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
     logits, *rest = ctx.saved_tensors
-    # Not where the gradient is to have a graph, nor where a compiler traces this.
-    if ctx.in_place and not torch.is_grad_enabled() and _may_be_overwritten(logits):
+    if ctx.in_place and _may_be_overwritten(logits):
         _color_backward_in_place(grad, logits, *rest, *ctx.options)
         torch.autograd.graph.increment_version(logits)  # other readers are told
         return logits, *[None] * 8
     return _color_backward(grad, logits, *rest, *ctx.options), *[None] * 8
 
 
-def _may_be_overwritten(logits: Tensor) -> bool:
-    return type(logits) is Tensor and logits.is_contiguous()
+def _may_be_overwritten(tensor: Tensor) -> bool:
+    """Not where gradients are to have a graph, nor where a compiler traces the backward."""
+    return not torch.is_grad_enabled() and type(tensor) is Tensor and tensor.is_contiguous()
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, _, _, mask, reduction, *numbers, _, backend = inputs
+    hidden, weight, bias, _, _, mask, reduction, *numbers, _, ctx.in_place, backend = inputs
     _, z_term, count, lse, tokens, *sum_gradients = output
     ctx.mark_non_differentiable(z_term, count, lse, tokens, *sum_gradients)
     ctx.is_scalar = reduction != "none"
     if ctx.is_scalar:
-        ctx.options = (backend,)
+        ctx.options = hidden.dtype, backend
         ctx.save_for_backward(count, *sum_gradients)
     else:
         ctx.options = (*numbers, list(ctx.needs_input_grad[:3]), backend)
@@ -333,17 +343,39 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _linear_gradient(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-    operator = _scale_linear_gradients if ctx.is_scalar else _linear_color_backward
-    if ctx.is_scalar and torch.is_grad_enabled():
+    if ctx.is_scalar:
+        gradients = _scale_all(ctx, grad)
+    else:
+        gradients = _linear_color_backward(grad, *ctx.saved_tensors, *ctx.options)
+    needed = zip(gradients, ctx.needs_input_grad, strict=False)
+    return *(gradient if needs else None for gradient, needs in needed), *[None] * 9
+
+
+def _scale_all(ctx: Any, grad: Tensor) -> list[Tensor]:
+    count, *gradients = ctx.saved_tensors
+    dtype, backend = ctx.options
+    in_place = ctx.in_place and not _graph_is_kept()
+    if torch.is_grad_enabled():
         # The inputs are not kept, yet a second derivative is to meet the operator, which raises.
         grad = grad.detach().requires_grad_()
-    gradients = operator(grad, *ctx.saved_tensors, *ctx.options)
-    needed = zip(gradients, ctx.needs_input_grad, strict=False)
-    return *(gradient if needs else None for gradient, needs in needed), *[None] * 8
+    scaled = []
+    for gradient in gradients:
+        if in_place and gradient.dtype == dtype and _may_be_overwritten(gradient):
+            _scale_sum_gradient_in_place(grad, count, gradient, backend)
+            scaled.append(gradient)
+        else:
+            scaled.append(_scale_sum_gradient(grad, count, gradient, dtype, backend))
+    return scaled
+
+
+def _graph_is_kept() -> bool:
+    """Whether a further backward may go through the graph that one is going through."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or keeps()
 
 
 differentiate(color_cross_entropy, _setup, _gradient)
 differentiate(linear_color_cross_entropy, _linear_setup, _linear_gradient)
 once_differentiable(_color_backward, "color_cross_entropy")
 once_differentiable(_linear_color_backward, "linear_color_cross_entropy")
-once_differentiable(_scale_linear_gradients, "linear_color_cross_entropy")
+once_differentiable(_scale_sum_gradient, "linear_color_cross_entropy")
