@@ -23,7 +23,7 @@ def quantize_colors(pixels: Tensor, palette: Tensor, *, backend: str | None = No
         pixels: [..., 3], uint8 or floating point.
         palette: [K, 3], integers (that fit int32) or floating point, in the units of `pixels`.
             uint8 pixels are compared with an integer palette in integers, exactly.
-        backend: "reference", "cpu" or "cuda"; None takes the best for the pixels' device.
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the pixels' device.
 
     Returns:
         int64 [...], 0 to K - 1: the lowest index where several are nearest, -1 for a pixel with a
@@ -95,7 +95,7 @@ def color_cross_entropy(
         float(label_smoothing),
         float(z_loss),
         inplace_backward,
-        _choose("color_cross_entropy", backend, logits),
+        _choose("color_cross_entropy", backend, logits, logits.shape[-1]),
     )
     return (loss, z_term) if return_z_loss else loss
 
@@ -159,13 +159,15 @@ def linear_color_cross_entropy(
             for tensor in (hidden, weight, bias)
         ],
         True,  # nobody else sees the gradients that the forward makes
-        _choose("linear_color_cross_entropy", backend, hidden),
+        _choose("linear_color_cross_entropy", backend, hidden, len(weight)),
     )
     return (loss, z_term) if return_z_loss else loss
 
 
-def _choose(operator: str, requested: str | None, tensor: Tensor) -> str:
-    return choose(operator, requested, tensor, lambda backend: ops.cannot(backend, tensor.dtype))
+def _choose(operator: str, requested: str | None, tensor: Tensor, colors: int) -> str:
+    return choose(
+        operator, requested, tensor, lambda backend: ops.cannot(backend, tensor.dtype, colors)
+    )
 
 
 def _check_palette(palette: Tensor, pixels: Tensor) -> None:

@@ -19,7 +19,7 @@ class Compiled:
         self.namespace = namespace
 
     def quantize_colors(self, pixels: Tensor, palette: Tensor) -> Tensor:
-        colors: Tensor = self._library.quantize_colors(*_comparable(pixels, palette))
+        colors: Tensor = self.library.quantize_colors(*_comparable(pixels, palette))
         return colors
 
     def implementation(self) -> Implementation:
@@ -28,7 +28,7 @@ class Compiled:
         )
 
     @property
-    def _library(self) -> Any:
+    def library(self) -> Any:
         return getattr(torch.ops, self.namespace)
 
     def _forward(
@@ -37,12 +37,12 @@ class Compiled:
         loss, z_term, lse = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
         tokens = logits.new_empty(len(logits), dtype=torch.int64)
         results = loss, z_term, lse, tokens
-        targets = _targets(pixels, palette)
-        self._library.color_cross_entropy(_readable(logits), *targets, *options, *results)
+        targets = as_targets(pixels, palette)
+        self.library.color_cross_entropy(_readable(logits), *targets, *options, *results)
         return results
 
     def _backward(self, grad: Tensor, logits: Tensor, *rest: Any) -> None:
-        self._library.color_cross_entropy_backward(grad, _readable(logits), *rest)
+        self.library.color_cross_entropy_backward(grad, _readable(logits), *rest)
 
     def _linear_forward(
         self,
@@ -62,11 +62,11 @@ class Compiled:
         lse = hidden.new_empty(kept, dtype=torch.float32)
         tokens = hidden.new_empty(kept, dtype=torch.int64)
         gradients = _new_gradients(hidden, weight, needs_sum_grad)
-        self._library.linear_color_cross_entropy(
+        self.library.linear_color_cross_entropy(
             hidden,
             weight.float(),
             None if bias is None else bias.float(),
-            *_targets(pixels, palette),
+            *as_targets(pixels, palette),
             mask,
             label_smoothing,
             z_loss,
@@ -88,7 +88,7 @@ class Compiled:
     ) -> tuple[Tensor, Tensor, Tensor]:
         *rest_, needs_grad = rest
         gradients = _new_gradients(hidden, weight, needs_grad)
-        self._library.linear_color_cross_entropy_backward(
+        self.library.linear_color_cross_entropy_backward(
             grad,
             hidden,
             weight.float(),
@@ -109,7 +109,7 @@ def _comparable(pixels: Tensor, palette: Tensor) -> tuple[Tensor, Tensor]:
     return pixels.contiguous(), palette.contiguous()
 
 
-def _targets(pixels: Tensor, palette: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def as_targets(pixels: Tensor, palette: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if palette is None:
         return pixels.to(torch.int64).contiguous(), None
     return _comparable(pixels, palette)

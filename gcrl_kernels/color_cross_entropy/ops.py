@@ -9,6 +9,7 @@ scaling it later would be two.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -16,31 +17,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcrl_kernels.color_cross_entropy import reference
-from gcrl_kernels.color_cross_entropy.compiled import Compiled
+from gcrl_kernels.color_cross_entropy import compiled, launch, reference
 from gcrl_kernels.color_cross_entropy.implementation import Implementation
 from gcrl_kernels.operators import accumulation_dtype, define, differentiate, once_differentiable
 
 _OPTIONS = "str reduction, float label_smoothing, float z_loss"
 
 
-_CPU = Compiled("gcrl_kernels_cpu")
-QUANTIZERS = {
+def _cuda_forward(logits: Tensor, pixels: Tensor, palette: Tensor | None, *rest: Any) -> None:
+    pixels, palette = compiled.as_targets(pixels, palette)
+    if palette is not None and palette.dtype == torch.float64:
+        pixels, palette = _CUDA.quantize_colors(pixels, palette), None
+    _CUDA.library.color_cross_entropy(logits, pixels, palette, *rest)
+
+
+def _cuda_backward(*arguments: Any) -> None:
+    _CUDA.library.color_cross_entropy_backward(*arguments)
+
+
+def _triton(name: str) -> Callable[..., None]:
+    """A launcher, imported when it is first called: not every machine has Triton."""
+
+    def launcher(*arguments: Any) -> None:
+        getattr(importlib.import_module(f"{__package__}.triton.launchers"), name)(*arguments)
+
+    return launcher
+
+
+_CPU, _CUDA = compiled.Compiled("gcrl_kernels_cpu"), compiled.Compiled("gcrl_kernels_cuda")
+QUANTIZERS: dict[str, launch.Quantizer] = {
     "reference": reference.quantize_colors,
     "cpu": _CPU.quantize_colors,
-    "cuda": Compiled("gcrl_kernels_cuda").quantize_colors,
+    "cuda": _CUDA.quantize_colors,
+    "triton": launch.quantizer(_triton("quantize_colors")),
 }
 IMPLEMENTATIONS = {
     "reference": reference.IMPLEMENTATION,
     "cpu": _CPU.implementation(),
+    "cuda": launch.implementation(_CUDA.quantize_colors, _cuda_forward, _cuda_backward),
+    "triton": launch.implementation(QUANTIZERS["triton"], _triton("forward"), _triton("backward")),
 }
+GPU_COLORS = 4096
 
 
-def cannot(backend: str, dtype: torch.dtype) -> str | None:
-    """Why a backend's losses do not take tensors of this dtype."""
-    if backend == "reference" or dtype != torch.float64:
+def cannot(backend: str, dtype: torch.dtype, colors: int) -> str | None:
+    """Why a backend's losses do not take tensors of this dtype, and so many colours."""
+    if backend == "reference":
         return None
-    return f"it takes float16, bfloat16 and float32, got {dtype}"
+    if dtype == torch.float64:
+        return f"it takes float16, bfloat16 and float32, got {dtype}"
+    if backend in ("cuda", "triton") and colors > GPU_COLORS:
+        return f"it takes up to {GPU_COLORS} colours, got {colors}"
+    return None
 
 
 def _positions(tensor: Tensor) -> Tensor:
