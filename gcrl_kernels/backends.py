@@ -29,11 +29,13 @@ CHOICES = (
     Choice("axial_attention", "cpu", ("cpu", "reference"), "axial_attention_cpu.json"),
     Choice("axial_attention", "cuda", ("cuda", "triton", "reference")),
     Choice("quantize_colors", "cpu", ("cpu", "reference"), "color_cross_entropy_cpu.json"),
-    Choice("quantize_colors", "cuda", ("cuda", "reference")),
-    Choice("color_cross_entropy", "cpu", ("reference",)),
-    Choice("color_cross_entropy", "cuda", ("reference",)),
-    Choice("linear_color_cross_entropy", "cpu", ("reference",)),
-    Choice("linear_color_cross_entropy", "cuda", ("reference",)),
+    Choice("quantize_colors", "cuda", ("cuda", "triton", "reference")),
+    Choice("color_cross_entropy", "cpu", ("cpu", "reference"), "color_cross_entropy_cpu.json"),
+    Choice("color_cross_entropy", "cuda", ("cuda", "triton", "reference")),
+    Choice(
+        "linear_color_cross_entropy", "cpu", ("cpu", "reference"), "color_cross_entropy_cpu.json"
+    ),
+    Choice("linear_color_cross_entropy", "cuda", ("cuda", "triton", "reference")),
     Choice("nt_xent", "cpu", ("reference",)),
     Choice("nt_xent", "cuda", ("reference",)),
 )

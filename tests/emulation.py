@@ -6,6 +6,7 @@ import fcntl
 import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -50,6 +51,25 @@ class Emulator:
         words = [*self.compiler, *SANITIZERS, "-x", "c++", "-", "-o", program]
         compiled = subprocess.run(words, input="int main() {}", text=True, capture_output=True)
         return compiled.returncode == 0 and subprocess.run([program]).returncode == 0
+
+    def run_sanitized(self, script: str, source: str) -> None:
+        """A Python script, which prints "done", with the sanitized library of one file."""
+        if not self.sanitizes():
+            pytest.skip("the compiler has no address sanitizer here")
+        runtime = subprocess.run(
+            [*self.compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
+        )
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": runtime.stdout.strip(),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(self.root), str(self.root / "tests")]),
+        }
+        words = [sys.executable, "-c", script, self.library(source, *SANITIZERS)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout == "done\n"
 
     def _compile(
         self, source: str, kind: str, flags: Sequence[str], libraries: Sequence[str] = ()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,12 +12,12 @@ import pytest
 import torch
 from axial_attention_kernels import LAYOUTS, Attention
 from comparison import assert_as_accurate
-from emulation import SANITIZERS, Emulator
+from emulation import Emulator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nvcc_report import resources
 from test_axial_attention import images, plain
 from torch import Tensor
-from torch.utils.cpp_extension import include_paths
 
 from gcrl_kernels import backends
 
@@ -306,53 +303,16 @@ print("done")
 """
 
 
-def test_within_its_memory(emulator: Emulator, root: Path) -> None:
+def test_within_its_memory(emulator: Emulator) -> None:
     """A sample under the sanitizers of addresses and of undefined behaviour."""
-    if not emulator.sanitizes():
-        pytest.skip("the compiler has no address sanitizer here")
-    library = emulator.library("axial_attention.cpp", *SANITIZERS)
-    runtime = subprocess.run(
-        [*emulator.compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
-    )
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": runtime.stdout.strip(),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
-    }
-    words = [sys.executable, "-c", SANITIZED, library]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout == "done\n"
+    emulator.run_sanitized(SANITIZED, "axial_attention.cpp")
 
 
 def test_compiles_without_spills_or_stack(
     root: Path, setup_script: ModuleType, tmp_path: Path
 ) -> None:
     """By the compiler's own report of each kernel for each architecture."""
-    report = root / "build" / "kernels" / "csrc" / "axial_attention" / "cuda.cu.o.log"
-    sources = [*(root / "csrc" / "axial_attention").iterdir(), *(root / "csrc/common").iterdir()]
-    if not report.exists() or report.stat().st_mtime < max(s.stat().st_mtime for s in sources):
-        report = tmp_path / "report"
-        report.write_text(compiled(root, setup_script, tmp_path))
-    resources = re.findall(
-        r"Compiling entry function '(\w+)' for '(\w+)'(?:.*\n)*?"
-        r".* (\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
-        report.read_text(),
-    )
+    compiled = resources(root, setup_script, tmp_path, "axial_attention/cuda.cu")
     for kernel in ("axial_forward", "axial_backward", "axial_backward_streamed", "sum_slots"):
-        assert any(kernel in name for name, *_ in resources)
-    assert [line for line in resources if line[2:] != ("0", "0", "0")] == []
-
-
-def compiled(root: Path, setup_script: ModuleType, folder: Path) -> str:
-    """nvcc's report."""
-    nvcc, compiler = setup_script.find_nvcc(), setup_script.find_compiler()
-    if nvcc is None or compiler is None:
-        pytest.skip("no nvcc here")
-    words = setup_script.cuda_command(compiler, include_paths())
-    words += ["-c", root / "csrc/axial_attention/cuda.cu", "-o", folder / "cuda.o"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+        assert any(kernel in each.kernel for each in compiled)
+    assert [each for each in compiled if each.stack or each.spill_stores or each.spill_loads] == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -288,15 +288,33 @@ COMPILED = [
 def test_compiles_without_spills(
     monkeypatch: pytest.MonkeyPatch, architecture, length, features, dtype, everything
 ) -> None:
-    compiler = importlib.import_module("triton_compiler")
-    for backward in (False, True):
-        options = dict.fromkeys(("bias", "mask", "causal"), everything)
-        launches = compiler.launches(
-            monkeypatch, architecture, length, features, dtype,
-            backward=backward, dbias=everything and backward, **options,
-        )  # fmt: skip
+    compiler, kernels = (importlib.import_module(name) for name in ("triton_compiler", KERNELS))
+    monkeypatch.setattr(kernels, "generation", lambda device: architecture)
+    calls = columns(kernels, length, features, dtype, everything)
+    for call in calls:
+        launches = compiler.launches(monkeypatch, kernels, call)
         assert launches
         for launch in launches:
             used = compiler.compile_for(architecture, launch)
             assert used.stack == 0, used
             assert used.shared <= compiler.MOST_SHARED[architecture], used
+
+
+def columns(
+    kernels: Any, length: int, features: int, dtype: torch.dtype, everything: bool
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Forward and backward of packed rows down the columns of images."""
+    heads, size = 8, (16, length, 48)
+
+    def packed() -> tuple[Tensor, ...]:
+        return torch.empty(*size, 3, heads, features, dtype=dtype, device="meta").unbind(-3)
+
+    out = torch.empty(*size, heads, features, dtype=dtype, device="meta")
+    lse = torch.empty(*size, heads, device="meta")
+    bias = torch.empty(heads, length, length, device="meta") if everything else None
+    mask = torch.empty(size, dtype=torch.bool, device="meta") if everything else None
+    options = (bias, mask, 0, everything, 1.0)
+    return (
+        lambda: kernels.forward(*packed(), *options, out, lse),
+        lambda: kernels.backward(out, *packed(), out, lse, *options, *packed(), bias),
+    )

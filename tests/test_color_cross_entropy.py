@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcrl_kernels import color_cross_entropy, linear_color_cross_entropy, quantize_colors
 from gcrl_kernels.color_cross_entropy import ops
@@ -116,7 +117,7 @@ def test_any_shape(backend, positions, colors, features, as_tokens) -> None:
         return plain((hidden @ weight.T).view(-1, colors), tokens.flatten())
 
     assert_as_accurate(ours, apart, [hidden, weight], torch.float32)
-    loss = color_cross_entropy(logits, *targets)
+    loss = color_cross_entropy(logits, *targets, backend=backend)
     torch.testing.assert_close(loss, plain(logits.view(-1, colors), tokens.flatten()))
 
 
@@ -183,7 +184,7 @@ def test_nothing_counted_is_nan_with_zero_gradients(backend) -> None:
     tokens = torch.zeros(6, dtype=torch.long)
     for loss in (
         linear_color_cross_entropy(hidden, weight, tokens, mask=mask, backend=backend),
-        color_cross_entropy(hidden @ weight.T, tokens, mask=mask),
+        color_cross_entropy(hidden @ weight.T, tokens, mask=mask, backend=backend),
     ):
         assert loss.isnan()
         (gradient,) = torch.autograd.grad(loss, hidden)
@@ -206,7 +207,7 @@ def test_a_wrong_value_shows_as_nan(backend, wrong) -> None:
     losses = linear_color_cross_entropy(hidden, weight, *targets, reduction="none", backend=backend)
     assert losses.isnan().tolist() == [False, False, True, False, False, False]
     assert linear_color_cross_entropy(hidden, weight, *targets, backend=backend).isnan()
-    losses = color_cross_entropy(hidden @ weight.T, *targets, reduction="none")
+    losses = color_cross_entropy(hidden @ weight.T, *targets, reduction="none", backend=backend)
     assert losses.isnan().tolist() == [False, False, True, False, False, False]
 
 
@@ -237,6 +238,73 @@ def test_the_backward_may_overwrite_the_logits(backend, reduction, dtype) -> Non
         results.append((loss, *torch.autograd.grad(loss, leaf, upstream)))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert results[0][1].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_that_the_backward_overwrote_serve_no_second_one(backend) -> None:
+    leaf, pixels, palette = scene(4, 5)
+    logits = leaf.requires_grad_() * 2
+    loss = color_cross_entropy(logits, pixels, palette, inplace_backward=True, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert gradient.data_ptr() == logits.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, logits)
+
+
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
+def test_the_last_backward_takes_the_memory_of_what_the_forward_made(backend) -> None:
+    hidden, weight = torch.randn(6, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    with Returned("gcrl_kernels.linear_color_cross_entropy.default") as watch:
+        loss = linear_color_cross_entropy(hidden, weight, torch.arange(6) % 4, backend=backend)
+    made = {tensor.data_ptr() for tensor in watch.results[0][-3:]}
+    first = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
+    last = torch.autograd.grad(loss, [hidden, weight])
+    assert not made & {tensor.data_ptr() for tensor in first}
+    assert {tensor.data_ptr() for tensor in last} <= made
+    assert all(torch.equal(*pair) for pair in zip(first, last, strict=True))
+
+
+class Returned(TorchDispatchMode):
+    """What the operators return whose names begin with `name`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.results = name, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if str(func).startswith(self.name):
+            self.results.append(result)
+        return result
+
+
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("needed", ["", "h", "w", "b", "hb"])
+def test_only_gradients_that_somebody_needs_are_computed(backend, reduction, needed) -> None:
+    tokens = torch.randint(0, 4, (6,))
+    leaves = [torch.randn(shape) for shape in ((6, 3), (4, 3), (4,))]
+    expected = [tensor.double().requires_grad_() for tensor in leaves]
+    plain(expected[0] @ expected[1].T + expected[2], tokens, reduction=reduction).sum().backward()
+    for tensor, name in zip(leaves, "hwb", strict=True):
+        tensor.requires_grad_(name in needed)
+    with Returned("gcrl_kernels.linear_color") as watch:
+        loss = linear_color_cross_entropy(
+            *leaves[:2], tokens, bias=leaves[2], reduction=reduction, backend=backend
+        ).sum()
+        if needed:
+            loss.backward()
+    wanted = [name in needed for name in "hwb"]
+    made = [result for result in watch.results if isinstance(result, tuple)]
+    computed = [[tensor.numel() > 0 for tensor in result[-3:]] for result in made]
+    assert computed == (
+        [[False] * 3, wanted]
+        if reduction == "none" and needed
+        else [wanted if reduction == "mean" else [False] * 3]
+    )
+    for leaf, exact in zip(leaves, expected, strict=True):
+        if leaf.requires_grad:
+            torch.testing.assert_close(leaf.grad, exact.grad.float())
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -270,8 +338,9 @@ def test_a_second_derivative_raises() -> None:
             gradient.square().sum().backward()
 
 
-@pytest.mark.parametrize("reduction, needs_grad", [("mean", True), ("none", False)])
-def test_opcheck(reduction, needs_grad) -> None:
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
+@pytest.mark.parametrize("reduction, needs_grad", [("mean", [True] * 3), ("none", [False] * 3)])
+def test_opcheck(backend, reduction, needs_grad) -> None:
     logits, pixels, palette = scene(2, 3, colors=5)
     mask = torch.rand(2, 3) > 0.5
     hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
@@ -280,14 +349,13 @@ def test_opcheck(reduction, needs_grad) -> None:
         (None, (pixels, palette)),
         (torch.randn(5, requires_grad=True), (nearest(pixels, palette), None)),
     ):
-        arguments = (hidden, weight, bias, *targets, *options, needs_grad, "reference")
+        arguments = (hidden, weight, bias, *targets, *options, needs_grad, False, backend)
         torch.library.opcheck(ops.linear_color_cross_entropy, arguments)
-        arguments = (logits.requires_grad_(), *targets, *options, False, "reference")
+        arguments = (logits.requires_grad_(), *targets, *options, False, backend)
         torch.library.opcheck(ops.color_cross_entropy, arguments)
-    for backend in backends_here("quantize_colors"):
-        for dtype in (torch.uint8, torch.float32):
-            arguments = (pixels.to(dtype), palette.to(dtype), backend)
-            torch.library.opcheck(ops.quantize_colors, arguments)
+    for dtype in (torch.uint8, torch.float32):
+        arguments = (pixels.to(dtype), palette.to(dtype), backend)
+        torch.library.opcheck(ops.quantize_colors, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -342,12 +410,19 @@ def test_autocast_casts_the_product_and_never_the_colours() -> None:
         assert gradient.dtype == torch.float32
 
 
-def test_no_positions() -> None:
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
+def test_no_positions(backend) -> None:
     hidden, weight = torch.randn(0, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
-    loss = linear_color_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.long))
-    assert loss.isnan()
-    loss.backward()
-    assert not weight.grad.any()
+    tokens = torch.zeros(0, dtype=torch.long)
+    for reduction in ("mean", "sum", "none"):
+        options = {"reduction": reduction, "backend": backend}
+        loss = linear_color_cross_entropy(hidden, weight, tokens, **options)
+        of_logits = color_cross_entropy(hidden @ weight.T, tokens, **options)
+        assert loss.shape == of_logits.shape
+        assert loss.isnan().all() if reduction == "mean" else not loss.any()
+        for each in (loss, of_logits):
+            (gradient,) = torch.autograd.grad(each.sum(), weight)
+            assert not gradient.any()
 
 
 LOGITS, PIXELS, PALETTE = torch.zeros(4, 5), torch.zeros(4, 3), torch.zeros(5, 3)

@@ -120,6 +120,43 @@ def test_overflowing_distances_leave_the_first_color(quantize) -> None:
     assert quantize(pixels, palette).tolist() == [0, 1]
 
 
+def palettes(scale: float) -> dict[str, torch.Tensor]:
+    """Float palettes of 300 colours that lie differently."""
+    even = torch.rand(300, 3) * scale
+    return {
+        "even": even,
+        "far from zero": even + 16 * scale,
+        "each colour twice": even[:150].repeat(2, 1),
+        "two clusters": torch.cat([even[:299] * 0.01, even[299:] + scale]),
+        "along grey": even[:, :1] + even * 1e-3,
+        "one blue": even * torch.tensor([1.0, 1.0, 0.0]),
+        "with what is not finite": torch.cat([even[:297], torch.diag(torch.tensor([np.nan] * 3))]),
+        "with infinity": torch.cat([torch.diag(torch.tensor([-np.inf] * 3)), even[:297]]),
+    }
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0, 1e-25, 1e25])
+@pytest.mark.parametrize("name", palettes(1.0))
+def test_many_pixels_find_what_few_find(quantize, name: str, scale: float) -> None:
+    """Many are sorted into cells of the palette's box, with the colours that are near each."""
+    palette = palettes(scale)[name]
+    pixels = palette[torch.randint(0, 300, (70_001,))].nan_to_num(0.0, 0.0, 0.0)
+    pixels += torch.randn_like(pixels) * scale / 30
+    pixels[::7] += torch.randn_like(pixels[::7]) * scale  # beside the box too
+    pixels[5, 0], pixels[9, 1], pixels[-1, 2] = torch.nan, torch.inf, -torch.inf
+    expected = torch.cat([quantize(part, palette) for part in pixels.split(1000)])
+    assert torch.equal(quantize(pixels, palette), expected)
+
+
+@pytest.mark.parametrize("levels", [4, 256])
+def test_many_uint8_pixels_are_exact(quantize, levels: int) -> None:
+    pixels = torch.randint(0, levels, (70_001, 3), dtype=torch.uint8)
+    palette = torch.randint(0, levels, (200, 3), dtype=torch.int32)
+    difference = pixels.numpy().astype(np.int32)[:, None] - palette.numpy()
+    expected = np.square(difference).sum(-1).argmin(1)
+    np.testing.assert_array_equal(quantize(pixels, palette), expected)
+
+
 def test_shapes(quantize) -> None:
     palette = torch.rand(5, 3)
     assert quantize(torch.rand(3), palette).shape == ()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +15,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gcrl_kernels.axial_attention.triton import launchers
-from gcrl_kernels.axial_attention.triton.settings import Setting
+from gcrl_kernels.triton_common import Setting
 
 # Of a program on any GPU that takes the settings, bytes.
 MOST_SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1",
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16",
+    torch.bfloat16: "*bf16", torch.bool: "*i1", torch.uint8: "*u8", torch.int32: "*i32",
+    torch.int64: "*i64",
 }  # fmt: skip
 
 
@@ -42,43 +45,12 @@ class Launch(NamedTuple):
     setting: Setting
 
 
-def launches(
-    patch: Any,  # pytest's monkeypatch
-    architecture: int,
-    length: int,
-    features: int,
-    dtype: torch.dtype,
-    *,
-    backward: bool,
-    bias: bool = False,
-    dbias: bool = False,
-    mask: bool = False,
-    causal: bool = False,
-) -> list[Launch]:
-    """What a call on packed rows down the columns of images would launch."""
+def launches(patch: Any, launchers: ModuleType, call: Callable[[], None]) -> list[Launch]:
+    """What a call of a launcher, on tensors of the device "meta", would launch."""
     found: list[Launch] = []
-    patch.setattr(launchers, "launch", lambda *launch: found.append(Launch(*launch)))
-    patch.setattr(launchers, "generation", lambda device: architecture)
-    heads, size = 8, (16, length, 48)
-
-    def packed() -> tuple[Tensor, ...]:
-        return torch.empty(*size, 3, heads, features, dtype=dtype, device="meta").unbind(-3)
-
-    out = torch.empty(*size, heads, features, dtype=dtype, device="meta")
-    lse = torch.empty(*size, heads, device="meta")
-    biases = torch.empty(heads, length, length, device="meta")
-    options = (
-        biases if bias else None,
-        torch.empty(size, dtype=torch.bool, device="meta") if mask else None,
-        0,
-        causal,
-        1.0,
-    )
-    if backward:
-        gradients = *packed(), biases if dbias else None
-        launchers.backward(out, *packed(), out, lse, *options, *gradients)
-    else:
-        launchers.forward(*packed(), *options, out, lse)
+    with patch.context() as patched:  # pytest's monkeypatch
+        patched.setattr(launchers, "launch", lambda *launch: found.append(Launch(*launch)))
+        call()
     return found
 
 

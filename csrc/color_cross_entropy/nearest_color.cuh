@@ -32,53 +32,94 @@ struct Metric<uint64_t> {
   }
 };
 
-template <typename Distance, typename Pixel, typename Color>
-__device__ void find_nearest(const Pixel* pixels, int64_t count, const Color* palette,
-                             int64_t colors, int64_t* nearest) {
-  __shared__ Distance shared[3 * kColors];
-  // Neighbouring threads have neighbouring pixels.
-  const int64_t first = int64_t{blockIdx.x} * kThreads * kPixels + threadIdx.x;
-  Distance pixel[kPixels][3], least[kPixels];
-  int32_t index[kPixels];
-#pragma unroll
-  for (int p = 0; p < kPixels; ++p) {
-    const int64_t i = first + p * kThreads;
-#pragma unroll
-    for (int c = 0; c < 3; ++c) {
-      pixel[p][c] = i < count ? static_cast<Distance>(pixels[3 * i + c]) : Distance{0};
-    }
-    least[p] = Metric<Distance>::infinity();
-    index[p] = 0;
+// The nearest colour of a pixel among those seen so far: the lowest index of several.
+template <typename Distance>
+struct Candidate {
+  // Of two that have seen different colours.
+  __device__ Candidate nearer(const Candidate& other) const {
+    const bool same = other.distance == distance;
+    return other.distance < distance || (same && other.index < index) ? other : *this;
   }
 
-  for (int64_t begin = 0; begin < colors; begin += kColors) {
-    const int size = static_cast<int>(min(int64_t{kColors}, colors - begin));
-    __syncthreads();
-    for (int i = threadIdx.x; i < 3 * size; i += kThreads) {
-      shared[i] = static_cast<Distance>(palette[3 * begin + i]);
-    }
-    __syncthreads();
-    for (int k = 0; k < size; ++k) {
+  Distance distance;
+  int32_t index;
+};
+
+// A thread's pixels, on their way through the palette.
+template <typename Distance>
+struct Search {
+  template <typename Pixel>
+  __device__ void begin(int p, const Pixel* pixels, int64_t i, bool exists) {
 #pragma unroll
-      for (int p = 0; p < kPixels; ++p) {
-        Distance distance = Metric<Distance>::square(pixel[p][0], shared[3 * k]);
-        distance += Metric<Distance>::square(pixel[p][1], shared[3 * k + 1]);
-        distance += Metric<Distance>::square(pixel[p][2], shared[3 * k + 2]);
-        if (distance < least[p]) {
-          least[p] = distance;
-          index[p] = static_cast<int32_t>(begin) + k;
+    for (int c = 0; c < 3; ++c) {
+      pixel[p][c] = exists ? static_cast<Distance>(pixels[3 * i + c]) : Distance{0};
+    }
+    nearest[p] = {Metric<Distance>::infinity(), 0};
+  }
+
+  // Goes over each `step`-th colour from `first`. All threads of the block come here.
+  template <typename Color>
+  __device__ void run(const Color* palette, int64_t colors, int first, int step) {
+    __shared__ Distance shared[3 * kColors];
+    for (int64_t begin = 0; begin < colors; begin += kColors) {
+      const int size = static_cast<int>(min(int64_t{kColors}, colors - begin));
+      __syncthreads();
+      for (int i = threadIdx.x; i < 3 * size; i += blockDim.x) {
+        shared[i] = static_cast<Distance>(palette[3 * begin + i]);
+      }
+      __syncthreads();
+      for (int k = first; k < size; k += step) {
+#pragma unroll
+        for (int p = 0; p < kPixels; ++p) {
+          Distance distance = Metric<Distance>::square(pixel[p][0], shared[3 * k]);
+          distance += Metric<Distance>::square(pixel[p][1], shared[3 * k + 1]);
+          distance += Metric<Distance>::square(pixel[p][2], shared[3 * k + 2]);
+          if (distance < nearest[p].distance) {
+            nearest[p] = {distance, static_cast<int32_t>(begin) + k};
+          }
         }
       }
     }
   }
 
-#pragma unroll
-  for (int p = 0; p < kPixels; ++p) {
-    const int64_t i = first + p * kThreads;
+  // -1 for a pixel with a NaN.
+  __device__ int32_t index(int p) const {
     bool nan = false;
 #pragma unroll
     for (int c = 0; c < 3; ++c) nan |= pixel[p][c] != pixel[p][c];
-    if (i < count) nearest[i] = nan ? -1 : index[p];
+    return nan ? -1 : nearest[p].index;
+  }
+
+  Distance pixel[kPixels][3];
+  Candidate<Distance> nearest[kPixels];
+};
+
+// Whether all colours of an integer palette may be compared in float32. All threads of the block
+// come here.
+static __device__ bool is_exact_palette(const int32_t* palette, int64_t colors) {
+  bool exact = true;
+  for (int64_t i = threadIdx.x; i < 3 * colors; i += blockDim.x) {
+    exact &= is_exact_in_float32(palette[i]);
+  }
+  return __syncthreads_and(exact);
+}
+
+template <typename Distance, typename Pixel, typename Color>
+__device__ void find_nearest(const Pixel* pixels, int64_t count, const Color* palette,
+                             int64_t colors, int64_t* nearest) {
+  // Neighbouring threads have neighbouring pixels.
+  const int64_t first = int64_t{blockIdx.x} * kThreads * kPixels + threadIdx.x;
+  Search<Distance> search;
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+    const int64_t i = first + p * kThreads;
+    search.begin(p, pixels, i, i < count);
+  }
+  search.run(palette, colors, 0, 1);
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+    const int64_t i = first + p * kThreads;
+    if (i < count) nearest[i] = search.index(p);
   }
 }
 
@@ -93,11 +134,7 @@ __global__ void __launch_bounds__(kThreads)
 static __global__ void __launch_bounds__(kThreads)
     nearest_color(const uint8_t* pixels, int64_t count, const int32_t* palette, int64_t colors,
                   int64_t* nearest) {
-  bool exact = true;
-  for (int64_t i = threadIdx.x; i < 3 * colors; i += kThreads) {
-    exact &= is_exact_in_float32(palette[i]);
-  }
-  if (__syncthreads_and(exact)) {
+  if (is_exact_palette(palette, colors)) {
     find_nearest<float>(pixels, count, palette, colors, nearest);
   } else {
     find_nearest<uint64_t>(pixels, count, palette, colors, nearest);

@@ -23,7 +23,7 @@ def quantize_colors(pixels: Tensor, palette: Tensor, *, backend: str | None = No
         pixels: [..., 3], uint8 or floating point.
         palette: [K, 3], integers (that fit int32) or floating point, in the units of `pixels`.
             uint8 pixels are compared with an integer palette in integers, exactly.
-        backend: "reference", "cpu" or "cuda"; None takes the best for the pixels' device.
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the pixels' device.
 
     Returns:
         int64 [...], 0 to K - 1: the lowest index where several are nearest, -1 for a pixel with a
@@ -86,7 +86,7 @@ def color_cross_entropy(
     _check_targets(logits.shape[:-1], logits.shape[-1], "logits", logits, pixels, palette, mask)
     _check_loss_options(reduction, label_smoothing, z_loss, return_z_loss)
     (logits,) = autocast(logits)
-    loss, z_term, _, _ = ops.color_cross_entropy(
+    loss, z_term, *_ = ops.color_cross_entropy(
         logits,
         pixels,
         palette,
@@ -95,7 +95,7 @@ def color_cross_entropy(
         float(label_smoothing),
         float(z_loss),
         inplace_backward,
-        choose("color_cross_entropy", backend, logits),
+        _choose("color_cross_entropy", backend, logits, logits.shape[-1]),
     )
     return (loss, z_term) if return_z_loss else loss
 
@@ -143,7 +143,7 @@ def linear_color_cross_entropy(
     checks.check_same_dtype("weight", weight, "hidden", hidden)
     if bias is not None:
         checks.check_same_dtype("bias", bias, "hidden", hidden)
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parameters)
+    forward_differentiates = torch.is_grad_enabled() and reduction != "none"
     loss, z_term, *_ = ops.linear_color_cross_entropy(
         hidden,
         weight,
@@ -154,10 +154,20 @@ def linear_color_cross_entropy(
         reduction,
         float(label_smoothing),
         float(z_loss),
-        needs_grad and reduction != "none",
-        choose("linear_color_cross_entropy", backend, hidden),
+        [
+            forward_differentiates and tensor is not None and tensor.requires_grad
+            for tensor in (hidden, weight, bias)
+        ],
+        True,  # nobody else sees the gradients that the forward makes
+        _choose("linear_color_cross_entropy", backend, hidden, len(weight)),
     )
     return (loss, z_term) if return_z_loss else loss
+
+
+def _choose(operator: str, requested: str | None, tensor: Tensor, colors: int) -> str:
+    return choose(
+        operator, requested, tensor, lambda backend: ops.cannot(backend, tensor.dtype, colors)
+    )
 
 
 def _check_palette(palette: Tensor, pixels: Tensor) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from gcrl_kernels import checks
 
 SEEDING_PIXELS = 65_536  # k-means++ looks at no more pixels than this
-TOLERANCE = 1e-4  # stop when an iteration improves the inertia by a smaller share
+TOLERANCE = 1e-5  # stop when an iteration improves the inertia by a smaller share
 
 
 def fit_palette(
@@ -16,7 +18,7 @@ def fit_palette(
     colors: int,
     *,
     seed: int = 0,
-    iterations: int = 50,
+    iterations: int = 100,
     backend: str | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -65,21 +67,37 @@ def check_pixels(pixels: Tensor, name: str = "pixels") -> None:
 
 
 def _seed(pixels: Tensor, colors: int, seed: int) -> Tensor:
-    """k-means++: a further colour is a pixel drawn by its squared distance from those before."""
+    """k-means++: a further colour is a pixel drawn by its squared distance from those before.
+
+    Of several that are drawn, the one that leaves the least inertia.
+    """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(pixels), generator=generator)[: max(SEEDING_PIXELS, colors)]
-    sample = pixels[chosen.to(pixels.device)].double()
-    draws = torch.rand(colors, generator=generator, dtype=torch.float64).tolist()
-    palette = [sample[0]]
-    distance = torch.full_like(sample[:, 0], torch.inf)
+    sample = pixels[chosen.to(pixels.device)].float().T.contiguous()  # [3, n]
+    trials = 2 + int(math.log(colors))  # as many as scikit-learn draws
+    draws = torch.rand(colors, trials, generator=generator).to(pixels.device)
+    palette = sample[:, :1]
+    distance = (sample - palette).square().sum(0)  # [n]
     for draw in draws[1:]:
-        distance = torch.minimum(distance, (sample - palette[-1]).square().sum(1))
-        cumulative = distance.cumsum(0)
+        cumulative = distance.cumsum(0, dtype=torch.float64)
         # With fewer distinct pixels than colours every distance ends at zero: the first pixel then
         # repeats.
-        index = torch.searchsorted(cumulative, cumulative[-1:] * draw, right=True)
-        palette.append(sample[index.clamp_max(len(sample) - 1)[0]])
-    return torch.stack(palette).float()
+        index = torch.searchsorted(cumulative, cumulative[-1] * draw.double(), right=True)
+        drawn = sample[:, index.clamp_max(len(distance) - 1)]  # [3, trials]
+        left = torch.minimum(_squared_distances(drawn, sample), distance)  # [trials, n]
+        best = left.sum(1).argmin()
+        distance = left[best]
+        palette = torch.cat([palette, drawn[:, best, None]], 1)
+    return palette.T.contiguous()
+
+
+def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
+    """Between columns of [3, m] and [3, n]: [m, n]."""
+    total = (first[0, :, None] - second[0]).square_()
+    for channel in (1, 2):
+        difference = first[channel, :, None] - second[channel]
+        total.addcmul_(difference, difference)
+    return total
 
 
 def _lloyd(
@@ -88,27 +106,35 @@ def _lloyd(
     from gcrl_kernels.color_cross_entropy import quantize_colors
 
     values = pixels.float()
-    # Sums in fixed point: integer additions commute, so that they are the same in any order on any
-    # device.
-    unit = 2.0**30 / max(float(values.abs().max()), 1e-30)
-    fixed = (values.double() * unit).round().long()
+    (channels, unit), squares = _fixed_point(values.T), float(values.double().square().sum())
     previous = torch.inf
     for _ in _iterate(iterations, progress):
         nearest = quantize_colors(values, palette, backend=backend)
-        error = (values - palette[nearest]).square().sum(1)
-        inertia = float(error.sum(dtype=torch.float64))
+        count = torch.bincount(nearest, minlength=len(palette)).double()
+        total = torch.stack(
+            [torch.bincount(nearest, weights, len(palette)) for weights in channels], 1
+        ).mul_(unit)
+        # |x - c|² over a colour's pixels, from their sums alone
+        center = palette.double()
+        inertia = squares + float((count[:, None] * center.square() - 2 * total * center).sum())
         if inertia >= previous * (1 - TOLERANCE):
             break
         previous = inertia
-        count = torch.bincount(nearest, minlength=len(palette))
-        total = torch.zeros_like(palette, dtype=torch.int64).index_add_(0, nearest, fixed)
-        palette = (total.double() / unit / count.clamp_min(1)[:, None]).float()
+        mean = (total / count.clamp_min(1)[:, None]).float()
         empty = count == 0
         if bool(empty.any()):
-            farthest = error.topk(int(empty.sum())).indices
-            palette[empty] = values[farthest]
+            error = (values - palette[nearest]).square().sum(1)
+            mean[empty] = values[error.topk(int(empty.sum())).indices]
             previous = torch.inf
+        palette = mean
     return palette
+
+
+def _fixed_point(values: Tensor) -> tuple[Tensor, float]:
+    """As whole multiples of a unit, float64, whose sums are exact: the same in any order."""
+    largest = max(float(values.abs().max()), 1e-30)
+    unit = 2.0 ** (math.frexp(largest)[1] + math.frexp(len(values[0]))[1] - 52)
+    return (values.double() / unit).round_().contiguous(), unit
 
 
 def _iterate(iterations: int, progress: bool) -> range:
@@ -118,4 +144,4 @@ def _iterate(iterations: int, progress: bool) -> range:
         from tqdm.auto import tqdm
     except ImportError:
         return range(iterations)
-    return tqdm(range(iterations), desc="palette", unit="iteration", leave=False)
+    return tqdm(range(iterations), desc="palette", unit="iteration", leave=False, delay=1)

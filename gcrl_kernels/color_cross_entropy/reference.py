@@ -14,11 +14,12 @@ loss and gradient, whatever their values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from gcrl_kernels.color_cross_entropy.implementation import Implementation
 from gcrl_kernels.operators import accumulation_dtype
 
 CHUNK = 8192  # positions at a time: their logits, or their distances, are all that is stored
@@ -52,14 +53,29 @@ def _nearest(pixels: Tensor, palette: Tensor) -> Tensor:
     return index if integers else index.masked_fill(pixels.isnan().any(1), -1)
 
 
+def targets(pixels: Tensor, palette: Tensor | None) -> Tensor:
+    """int64 [M]: the nearest colours, or the tokens as they are given."""
+    if palette is not None:
+        return quantize_colors(pixels, palette)
+    return pixels.to(torch.int64, copy=True)
+
+
 def forward(
     logits: Tensor,  # [M, K]
-    tokens: Tensor,  # int64 [M]
+    pixels: Tensor,  # [M, 3], or tokens [M] without a palette
+    palette: Tensor | None,  # [K, 3]
     mask: Tensor | None,  # bool [M]
     label_smoothing: float,
     z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each position's loss, its z-loss part, its log-sum-exp and its token, all [M]."""
+    tokens = targets(pixels, palette)
+    return *_losses(logits, tokens, mask, label_smoothing, z_loss), tokens
+
+
+def _losses(
+    logits: Tensor, tokens: Tensor, mask: Tensor | None, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each position's loss, its z-loss part and its log-sum-exp, all [M]."""
     logits = logits.to(accumulation_dtype(logits.dtype))
     colors = logits.shape[1]
     lse = logits.logsumexp(1)
@@ -82,8 +98,22 @@ def backward(
     lse: Tensor,  # [M]
     label_smoothing: float,
     z_loss: float,
+    dlogits: Tensor,  # [M, K], to be written
+) -> None:
+    """Write the gradient of the logits."""
+    dlogits.copy_(_gradient(grad, logits, tokens, mask, lse, label_smoothing, z_loss))
+
+
+def _gradient(
+    grad: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    label_smoothing: float,
+    z_loss: float,
 ) -> Tensor:
-    """The gradient of the logits [M, K], in the dtype that it is computed in."""
+    """[M, K], in the accumulation dtype."""
     logits = logits.to(accumulation_dtype(logits.dtype))
     colors = logits.shape[1]
     valid = (tokens >= 0) & (tokens < colors)
@@ -102,35 +132,34 @@ def linear_forward(
     hidden: Tensor,  # [M, C]
     weight: Tensor,  # [K, C]
     bias: Tensor | None,  # [K]
-    tokens: Tensor,
+    pixels: Tensor,
+    palette: Tensor | None,
     mask: Tensor | None,
     label_smoothing: float,
     z_loss: float,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, z-loss part and log-sum-exp of each position; then gradients of the losses' *sum*.
-
-    Those are dhidden [M, C] in hidden's dtype, dweight [K, C] and dbias [K] in the accumulation
-    dtype; they are empty unless `needs_grad`.
-    """
+    keep: bool,
+    needs_sum_grad: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Loss, z-loss part, log-sum-exp and token of each position; gradients of the losses' *sum*."""
+    tokens = targets(pixels, palette)
     dtype = accumulation_dtype(hidden.dtype)
     loss, z_term, lse = (
         torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(3)
     )
-    gradients = _empty_gradients(hidden, weight, dtype, needs_grad)
+    gradients = _new_gradients(hidden, weight, dtype, needs_sum_grad)
     for part in _chunks(len(hidden)):
         logits = _logits(hidden[part], weight, bias, dtype)
         part_mask = None if mask is None else mask[part]
-        loss[part], z_term[part], lse[part] = forward(
+        loss[part], z_term[part], lse[part] = _losses(
             logits, tokens[part], part_mask, label_smoothing, z_loss
         )
-        if needs_grad:
+        if any(needs_sum_grad):
             ones = torch.ones_like(lse[part])
-            gradient = backward(
+            gradient = _gradient(
                 ones, logits, tokens[part], part_mask, lse[part], label_smoothing, z_loss
             )
-            _accumulate(gradients, part, gradient, hidden, weight, part_mask)
-    return loss, z_term, lse, *gradients
+            _accumulate(gradients, part, gradient, hidden, weight, part_mask, needs_sum_grad)
+    return loss, z_term, *((lse, tokens) if keep else (lse[:0], tokens[:0])), *gradients
 
 
 def linear_backward(
@@ -143,17 +172,18 @@ def linear_backward(
     lse: Tensor,
     label_smoothing: float,
     z_loss: float,
+    needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden, dweight, dbias from each position's upstream gradient; logits are computed anew."""
     dtype = accumulation_dtype(hidden.dtype)
-    gradients = _empty_gradients(hidden, weight, dtype, True)
+    gradients = _new_gradients(hidden, weight, dtype, needs_grad)
     for part in _chunks(len(hidden)):
         logits = _logits(hidden[part], weight, bias, dtype)
         part_mask = None if mask is None else mask[part]
-        gradient = backward(
+        gradient = _gradient(
             grad[part], logits, tokens[part], part_mask, lse[part], label_smoothing, z_loss
         )
-        _accumulate(gradients, part, gradient, hidden, weight, part_mask)
+        _accumulate(gradients, part, gradient, hidden, weight, part_mask, needs_grad)
     return gradients
 
 
@@ -166,14 +196,13 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     return logits if bias is None else logits.add_(bias.to(dtype))
 
 
-def _empty_gradients(
-    hidden: Tensor, weight: Tensor, dtype: torch.dtype, needed: bool
+def _new_gradients(
+    hidden: Tensor, weight: Tensor, dtype: torch.dtype, needed: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    colors, features = weight.shape
     return (
-        hidden.new_empty((len(hidden) if needed else 0, features)),
-        hidden.new_zeros((colors if needed else 0, features), dtype=dtype),
-        hidden.new_zeros(colors if needed else 0, dtype=dtype),
+        hidden.new_empty(hidden.shape if needed[0] else 0),
+        weight.new_zeros(weight.shape if needed[1] else 0, dtype=dtype),
+        weight.new_zeros(len(weight) if needed[2] else 0, dtype=dtype),
     )
 
 
@@ -184,11 +213,18 @@ def _accumulate(
     hidden: Tensor,
     weight: Tensor,
     mask: Tensor | None,  # [m]
+    needed: Sequence[bool],
 ) -> None:
     dhidden, dweight, dbias = gradients
-    dhidden[part] = (gradient @ weight.to(gradient.dtype)).to(dhidden.dtype)
-    counted = hidden[part].to(gradient.dtype)
-    if mask is not None:
-        counted = counted.masked_fill(~mask[:, None], 0.0)  # zero times NaN would be NaN
-    dweight.addmm_(gradient.T, counted)
-    dbias += gradient.sum(0)
+    if needed[0]:
+        dhidden[part] = (gradient @ weight.to(gradient.dtype)).to(dhidden.dtype)
+    if needed[1]:
+        counted = hidden[part].to(gradient.dtype)
+        if mask is not None:
+            counted = counted.masked_fill(~mask[:, None], 0.0)  # zero times NaN would be NaN
+        dweight.addmm_(gradient.T, counted)
+    if needed[2]:
+        dbias += gradient.sum(0)
+
+
+IMPLEMENTATION = Implementation(forward, backward, linear_forward, linear_backward)

@@ -15,12 +15,12 @@ from gcrl_kernels.axial_attention.triton.rows import (
     hidden_zero,
     load,
     load_lse,
-    narrow,
     row_offset,
     scores,
     store,
     store_dbias,
 )
+from gcrl_kernels.triton_common import narrow
 
 
 @triton.jit

@@ -10,15 +10,14 @@ import triton
 import triton.language as tl
 
 from gcrl_kernels.axial_attention.triton.rows import (
-    LN2,
     dot,
     load,
     lse_pointers,
-    narrow,
     row_offset,
     scores,
     store,
 )
+from gcrl_kernels.triton_common import LN2, narrow
 
 
 @triton.jit(do_not_specialize=["heads", "length"])

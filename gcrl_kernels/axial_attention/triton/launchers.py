@@ -18,13 +18,13 @@ from gcrl_kernels.axial_attention.triton import backward as backward_row
 from gcrl_kernels.axial_attention.triton import backward_tiles
 from gcrl_kernels.axial_attention.triton import forward as forward_row_or_tiles
 from gcrl_kernels.axial_attention.triton.settings import (
-    Setting,
     generation,
     multiprocessors,
     padded,
     row_setting,
     tile_setting,
 )
+from gcrl_kernels.triton_common import Setting, launch
 
 MOST_PARTIAL_BYTES = 64 << 20  # of the bias's gradient
 WARPS_AT_ONCE = 32  # that a multiprocessor is given of programs that add rows up
@@ -146,19 +146,6 @@ def shares(dbias: Tensor, lines: int, programs: int, setting: Setting) -> Tensor
 def add_up(partial: Tensor | None, dbias: Tensor | None) -> None:
     if partial is not None and len(partial) > 1:
         torch.sum(partial, 0, out=dbias)
-
-
-def launch(
-    kernel: Any,
-    programs: int,
-    arguments: tuple[Any, ...],
-    constants: dict[str, Any],
-    setting: Setting,
-) -> None:
-    with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](
-            *arguments, **constants, num_warps=setting.warps, num_stages=setting.stages
-        )
 
 
 class Rows(NamedTuple):

@@ -13,9 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from gcrl_kernels.triton_common import INTERPRETED, LOG2E, narrow
 
 
 @triton.jit
@@ -130,16 +128,6 @@ def dot(a, b, initial, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, initial, input_precision=PRECISION)
-
-
-@triton.jit
-def narrow(values, dtype: tl.constexpr):
-    """float32 values rounded to `dtype`; the interpreter would truncate to bfloat16."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = values.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        values = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
-    return values.to(dtype)
 
 
 @triton.jit

@@ -10,21 +10,13 @@ has 48 bytes of stack; two passes would cost more.) "sm_80" stands for all other
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
+from gcrl_kernels.triton_common import Setting
+
 GENERATIONS = (80, 90, 100)
 BLOCKS = (16, 32, 64, 128)  # lengths of rows that are held whole, padded
-
-
-class Setting(NamedTuple):
-    """The tile of a program, its warps, and in how many stages its loop loads."""
-
-    tile: tuple[int, ...]
-    warps: int
-    stages: int = 1
-
 
 # Warps of the row kernels for each of BLOCKS; 0: the tile kernels.
 # pass, numbers, features (padded): sm_80, sm_90, sm_100

@@ -1,0 +1,123 @@
+"""The losses in CUDA C++: on the CPU in an emulator, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from color_cross_entropy_kernels import FP32, KernelTests, Losses
+from emulation import Emulator
+from nvcc_report import resources
+from torch import Tensor
+
+from gcrl_kernels import backends
+from gcrl_kernels.color_cross_entropy import launch, ops
+
+
+@contextmanager
+def emulated(library: str | Path) -> Iterator[Losses]:
+    """The backend with an emulated library in place of the compiled one."""
+    torch.ops.load_library(library)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops, "gcrl_kernels_cuda", torch.ops.gcrl_kernels_emulated)
+        yield Losses("cuda", "cpu")
+
+
+@pytest.fixture(scope="class", params=["emulated", "gpu"])
+def losses(request: pytest.FixtureRequest) -> Iterator[Losses]:
+    if request.param == "emulated":
+        emulator: Emulator = request.getfixturevalue("emulator")
+        with emulated(emulator.library("color_cross_entropy.cpp", "-O1")) as here:
+            yield here
+        return
+    reason = backends.unavailable("cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    yield Losses("cuda", "cuda")
+
+
+class TestCuda(KernelTests):
+    @pytest.mark.parametrize(
+        "changed, message",
+        [
+            ({"logits": (5, 4097)}, "logits: expected 1 to 4096 colours, got 4097"),
+            ({"logits": (2, 5, 7)}, "logits: expected [M, K], got 3 dimensions"),
+            ({"dtype": torch.float64}, "logits: expected float32, float16 or bfloat16"),
+            ({"tokens": (4,)}, "tokens: expected a number for each of 5 positions"),
+            ({"loss": (4,)}, "loss: expected a number for each of 5 positions"),
+            ({"gradient": (5, 8)}, "gradient: expected the shape of logits"),
+        ],
+    )
+    def test_what_is_refused(self, losses, changed, message) -> None:
+        def tensor(name: str, *shape: int, dtype: torch.dtype = FP32) -> Tensor:
+            return torch.zeros(changed.get(name, shape), dtype=dtype, device=losses.device)
+
+        dtype: Any = changed.get("dtype", FP32)
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            torch.ops.gcrl_kernels_cuda.color_cross_entropy(
+                tensor("logits", 5, 7, dtype=dtype), tensor("tokens", 5, dtype=torch.long), None,
+                None, 0.0, 0.0, tensor("loss", 5), tensor("z_term", 5), None, None,
+                tensor("gradient", 5, 7, dtype=dtype),
+            )  # fmt: skip
+
+
+def test_what_the_gpu_backends_cannot() -> None:
+    for backend in ("cuda", "triton"):
+        assert ops.cannot(backend, torch.bfloat16, 4096) is None
+        too_many = ops.cannot(backend, torch.bfloat16, 4097)
+        assert too_many == "it takes up to 4096 colours, got 4097"
+        assert "got torch.float64" in str(ops.cannot(backend, torch.float64, 2))
+    assert ops.cannot("reference", torch.float64, 5000) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("colors", [2, 512, 4096])
+@pytest.mark.parametrize("features", [16, 512, 4096])
+def test_what_is_stored_beside_the_gradients_is_bounded(dtype, colors, features) -> None:
+    """However many positions there are."""
+    hidden = torch.empty(2**24, features, dtype=dtype, device="meta")
+    weight = torch.empty(colors, features, dtype=dtype, device="meta")
+    mask = torch.empty(2**24, dtype=torch.bool, device="meta")
+    chunks = launch._Chunks(hidden, weight, None, mask, [True] * 3)
+    tokens_and_losses = (8 + 4 + 4) * launch.MOST_POSITIONS
+    assert chunks.logits.nbytes + chunks.counted.nbytes + tokens_and_losses <= 64 << 20
+    assert chunks.rows >= 1024
+
+
+SANITIZED = """
+import sys, torch
+import missing
+missing.stand_in_for_hypothesis()
+import color_cross_entropy_kernels as cases
+import test_color_cross_entropy_cuda as tests
+suite = tests.TestCuda()
+with tests.emulated(sys.argv[1]) as losses:
+    for case in cases.CASES:
+        torch.manual_seed(0)
+        suite.test_logits_as_accurate_as_pytorch(losses, *case)
+    for case in cases.LINEAR_CASES[:4]:
+        torch.manual_seed(0)
+        suite.test_linear_as_accurate_as_pytorch(losses, *case)
+print("done")
+"""
+
+
+def test_within_its_memory(emulator: Emulator) -> None:
+    """A sample under the sanitizers of addresses and of undefined behaviour."""
+    emulator.run_sanitized(SANITIZED, "color_cross_entropy.cpp")
+
+
+def test_compiles_without_spills_or_stack(
+    root: Path, setup_script: ModuleType, tmp_path: Path
+) -> None:
+    """By the compiler's own report of each kernel for each architecture."""
+    compiled = resources(root, setup_script, tmp_path, "color_cross_entropy/cuda.cu")
+    for kernel in ("softmax_forward", "softmax_backward", "nearest_color"):
+        assert any(kernel in each.kernel for each in compiled)
+    assert [each for each in compiled if each.stack or each.spill_stores or each.spill_loads] == []
