@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcrl_kernels import color_cross_entropy, linear_color_cross_entropy, quantize_colors
@@ -262,6 +263,16 @@ def test_the_last_backward_takes_the_memory_of_what_the_forward_made(backend) ->
     assert not made & {tensor.data_ptr() for tensor in first}
     assert {tensor.data_ptr() for tensor in last} <= made
     assert all(torch.equal(*pair) for pair in zip(first, last, strict=True))
+
+
+def test_backward_makes_nothing_as_large_as_hidden() -> None:
+    """Its gradient is there since the forward."""
+    hidden, weight = torch.randn(60, 30, requires_grad=True), torch.randn(4, 30)
+    loss = linear_color_cross_entropy(hidden, weight, torch.arange(60) % 4)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        torch.autograd.grad(loss, hidden)
+    allocated = [event.self_cpu_memory_usage for event in profiler.events()]
+    assert max(allocated) < hidden.nbytes
 
 
 class Returned(TorchDispatchMode):

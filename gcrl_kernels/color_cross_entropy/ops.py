@@ -339,11 +339,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     logits, _, _, mask, _, *numbers, ctx.in_place, backend = inputs
     _, z_term, count, lse, tokens = output
     ctx.mark_non_differentiable(z_term, count, lse, tokens)
+    ctx.set_materialize_grads(False)
     ctx.options = (*numbers, backend)
     ctx.save_for_backward(logits, mask, count, lse, tokens)
 
 
-def _gradient(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+def _gradient(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 9
     logits, *rest = ctx.saved_tensors
     if ctx.in_place and _may_be_overwritten(logits):
         _color_backward_in_place(grad, logits, *rest, *ctx.options)
@@ -361,6 +364,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     hidden, weight, bias, _, _, mask, reduction, *numbers, _, ctx.in_place, backend = inputs
     _, z_term, count, lse, tokens, *sum_gradients = output
     ctx.mark_non_differentiable(z_term, count, lse, tokens, *sum_gradients)
+    ctx.set_materialize_grads(False)  # else zeros as large as the gradients come in
     ctx.is_scalar = reduction != "none"
     if ctx.is_scalar:
         ctx.options = hidden.dtype, backend
@@ -370,7 +374,9 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
         ctx.save_for_backward(hidden, weight, bias, mask, lse, tokens)
 
 
-def _linear_gradient(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+def _linear_gradient(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 12
     if ctx.is_scalar:
         gradients = _scale_all(ctx, grad)
     else:
