@@ -36,6 +36,12 @@ CHOICES = (
     Choice("linear_color_cross_entropy", "cuda", ("reference",)),
     Choice("nt_xent", "cpu", ("reference",)),
     Choice("nt_xent", "cuda", ("reference",)),
+    Choice("dcl", "cpu", ("reference",)),
+    Choice("dcl", "cuda", ("reference",)),
+    Choice("supcon", "cpu", ("reference",)),
+    Choice("supcon", "cuda", ("reference",)),
+    Choice("info_nce", "cpu", ("reference",)),
+    Choice("info_nce", "cuda", ("reference",)),
 )
 
 # Operator -> the backends that implement it, on one type of device or another.

@@ -16,6 +16,7 @@ from gcrl_kernels.backends import choose
 from gcrl_kernels.color_cross_entropy import color_cross_entropy, linear_color_cross_entropy
 from gcrl_kernels.contrastive import check_views, nt_xent
 from gcrl_kernels.contrastive.ops import block_lse
+from gcrl_kernels.contrastive.reference import OTHERS
 from gcrl_kernels.operators import accumulation_dtype
 
 __all__ = [
@@ -203,7 +204,8 @@ class NTXentLoss(nn.Module):
         bank = self.bank.to(anchors)
         checks.check_shape("out1", out1, (len(out1), bank.shape[1]), "[N, D of the memory bank]")
         backend = choose("nt_xent", None, anchors)
-        negative = block_lse(anchors, bank, None, float(self.temperature), None, backend)  # [N]
+        scale = (None, 1 / self.temperature)
+        negative = block_lse(anchors, bank, *scale, OTHERS, None, backend)  # [N]
         positive = (anchors * positives).sum(1) / self.temperature
         if out0.requires_grad:
             self._remember(positives.detach())

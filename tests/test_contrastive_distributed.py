@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gcrl_kernels import nt_xent
 from gcrl_kernels.contrastive.distributed import anchor_losses
+from gcrl_kernels.contrastive.reference import OTHERS
 from gcrl_kernels.modules import NTXentLoss
 
 IMAGES, FEATURES = 3, 4
@@ -150,7 +151,7 @@ def test_a_memory_bank_takes_every_ranks_views(tmp_path) -> None:
 def test_the_collectives_break_a_compiled_graph(tmp_path) -> None:
     start(0, 1, str(tmp_path))
     try:
-        z, options = torch.randn(6, 4), (dist.group.WORLD, "all", True, "reference")
+        z, options = torch.randn(6, 4), (OTHERS, dist.group.WORLD, "all", True, "reference")
 
         def function(z: Tensor) -> Tensor:
             return anchor_losses(z.sin(), None, None, 0.5, *options)
