@@ -12,6 +12,8 @@
 #include "axial_attention/grid.h"
 #include "axial_attention/rows.h"
 #include "common/cpu_level.h"
+#include "common/scratch.h"
+#include "common/tensors.h"
 
 namespace gcrl_kernels {
 namespace {
@@ -28,32 +30,6 @@ const RowKernels& row_kernels() {
 #endif
   return portable::row_kernels;
 }
-
-RowType row_type(const Tensor& tensor) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return RowType::kFloat32;
-    case ScalarType::Half:
-      return RowType::kFloat16;
-    case ScalarType::BFloat16:
-      return RowType::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "q: expected float32, float16 or bfloat16");
-  }
-}
-
-// One thread's scratch memory, aligned to the widest vectors.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) : memory_(new float[floats + 16]) {}
-  float* data() const {
-    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
-  }
-
- private:
-  std::unique_ptr<float[]> memory_;
-};
 
 // A tensor's rows.
 class Rows {
@@ -158,7 +134,7 @@ void forward(const Tensor q, const Tensor k, const Tensor v, std::optional<Tenso
              std::optional<Tensor> mask, int64_t axis, bool causal, double scale, const Tensor out,
              const Tensor lse) {
   const Grid grid(q, axis);
-  const RowShape shape = {row_type(q), grid.length(), q.size(-1), causal,
+  const RowShape shape = {element_type(q, "q"), grid.length(), q.size(-1), causal,
                           static_cast<float>(scale)};
   const RowKernels& kernels = row_kernels();
   const Rows inputs[] = {{q, grid}, {k, grid}, {v, grid}}, outputs[] = {{out, grid}};
@@ -228,7 +204,7 @@ void backward(const Tensor grad, const Tensor q, const Tensor k, const Tensor v,
               int64_t axis, bool causal, double scale, const Tensor dq, const Tensor dk,
               const Tensor dv, std::optional<Tensor> dbias) {
   const Grid grid(q, axis);
-  const RowShape shape = {row_type(q), grid.length(), q.size(-1), causal,
+  const RowShape shape = {element_type(q, "q"), grid.length(), q.size(-1), causal,
                           static_cast<float>(scale)};
   const RowKernels& kernels = row_kernels();
   const Rows inputs[] = {{q, grid}, {k, grid}, {v, grid}, {grad, grid}};

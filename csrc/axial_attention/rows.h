@@ -2,14 +2,14 @@
 
 #include <stdint.h>
 
-namespace gcrl_kernels {
+#include "common/element_type.h"
 
-enum class RowType { kFloat32, kFloat16, kBFloat16 };
+namespace gcrl_kernels {
 
 // What all rows of a call have in common: `length` positions that attend to one another, with
 // `features` numbers each.
 struct RowShape {
-  RowType type;
+  ElementType type;
   int64_t length, features;
   bool causal;
   float scale;

@@ -5,6 +5,8 @@
 
 #include <initializer_list>
 
+#include "common/element_type.h"
+
 namespace gcrl_kernels {
 
 // The operators' callers have cast and laid out their tensors; these checks keep a direct call from
@@ -32,6 +34,20 @@ inline void check_same_device(const torch::stable::Tensor& tensor, const char* n
                               const torch::stable::Tensor& other) {
   STD_TORCH_CHECK(tensor.device() == other.device(), name,
                   ": expected the device of the other tensors");
+}
+
+inline ElementType element_type(const torch::stable::Tensor& tensor, const char* name) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return ElementType::kFloat32;
+    case ScalarType::Half:
+      return ElementType::kFloat16;
+    case ScalarType::BFloat16:
+      return ElementType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float16 or bfloat16");
+  }
 }
 
 }  // namespace gcrl_kernels

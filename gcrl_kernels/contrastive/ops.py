@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from gcrl_kernels.contrastive import reference
+from gcrl_kernels.contrastive.launch import Implementation, implementation
 from gcrl_kernels.operators import accumulation_dtype, define, differentiate, once_differentiable
+
+IMPLEMENTATIONS = {
+    "reference": Implementation(
+        reference.forward, reference.backward, reference.block_lse, reference.block_gradient
+    ),
+    "cpu": implementation(lambda: torch.ops.gcrl_kernels_cpu),
+}
 
 _SCALE = "Tensor? scale"
 _OPTIONS = "float scale_value, str candidates"
@@ -30,7 +38,7 @@ def cannot(backend: str, dtype: torch.dtype) -> str | None:
 def _anchor_shapes(z0: Tensor, z1: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(z0.dtype)
     anchors = z0.shape[0] if z1 is None else 2 * z0.shape[0]
-    return z0.new_empty(anchors, dtype=dtype), z0.new_empty(anchors, dtype=dtype)
+    return z0.new_empty(anchors, dtype=dtype), z0.new_empty(2, anchors, dtype=dtype)
 
 
 def _scale_shape(like: Tensor, scale: Tensor | None) -> Tensor:
@@ -40,14 +48,14 @@ def _scale_shape(like: Tensor, scale: Tensor | None) -> Tensor:
 contrast = define(
     "contrast(Tensor z0, Tensor? z1, Tensor? negatives, Tensor? classes, Tensor? share, "
     f"{_SCALE}, {_OPTIONS}, bool normalize, str backend) -> (Tensor, Tensor)",
-    {"reference": reference.forward},
+    {name: each.forward for name, each in IMPLEMENTATIONS.items()},
     lambda z0, z1, *rest: _anchor_shapes(z0, z1),
 )
 _contrast_backward = define(
     "contrast_backward(Tensor grad, Tensor z0, Tensor? z1, Tensor? negatives, Tensor? classes, "
     f"Tensor? share, {_SCALE}, Tensor lse, {_OPTIONS}, bool normalize, str backend) "
     "-> (Tensor, Tensor, Tensor)",
-    {"reference": reference.backward},
+    {name: each.backward for name, each in IMPLEMENTATIONS.items()},
     lambda grad, z0, z1, negatives, classes, share, scale, *rest: (
         z0.new_empty(z0.shape),
         z0.new_empty(0 if z1 is None else z1.shape),
@@ -57,14 +65,14 @@ _contrast_backward = define(
 block_lse = define(
     f"contrast_block_lse(Tensor rows, Tensor columns, {_SCALE}, {_OPTIONS}, int? diagonal, "
     "str backend) -> Tensor",
-    {"reference": reference.block_lse},
+    {name: each.block_lse for name, each in IMPLEMENTATIONS.items()},
     lambda rows, *rest: rows.new_empty(rows.shape[0]),
 )
 block_gradient = define(
     "contrast_block_gradient(Tensor rows, Tensor row_lse, Tensor row_grad, Tensor columns, "
     f"Tensor? column_lse, Tensor? column_grad, {_SCALE}, {_OPTIONS}, int? diagonal, str backend) "
     "-> (Tensor, Tensor)",
-    {"reference": reference.block_gradient},
+    {name: each.block_gradient for name, each in IMPLEMENTATIONS.items()},
     lambda rows, *rest: (rows.new_empty(rows.shape), rows.new_empty(())),
 )
 

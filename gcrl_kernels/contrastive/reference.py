@@ -48,14 +48,18 @@ def forward(
     candidates: str,
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the log-sum-exp of each anchor, [n]: those of z0, then those of z1."""
+    """The loss of each anchor [n], those of z0, then those of z1; and what backward may need.
+
+    That is for kernels, [2, n]: each log-sum-exp and what its rounding lost.
+    """
     z, _ = embeddings(_join(z0, z1), normalize)
     columns = _columns(z, negatives, normalize)
     scores = _scores(z, columns, scale, scale_value)
     positive = _positive_scores(scores[:, : len(z)], classes, share)
     lse = _fill(scores, candidates, 0, -torch.inf).logsumexp(1)
     losses = lse - positive
-    return (losses if share is None else losses.masked_fill(share == 0, 0.0)), lse
+    losses = losses if share is None else losses.masked_fill(share == 0, 0.0)
+    return losses, torch.stack([lse, torch.zeros_like(lse)])
 
 
 def backward(
@@ -66,7 +70,7 @@ def backward(
     classes: Tensor | None,
     share: Tensor | None,
     scale: Tensor | None,
-    lse: Tensor,  # [n]
+    lse: Tensor,  # [2, n], which the softmax here does without
     scale_value: float,
     candidates: str,
     normalize: bool,
@@ -79,7 +83,8 @@ def backward(
         grad = grad.masked_fill(share == 0, 0.0)
     columns = _columns(z, negatives, normalize)
     scores = _scores(z, columns, scale, scale_value)
-    weight = _fill(grad[:, None] * (scores - lse[:, None]).exp(), candidates, 0, 0.0)  # [n, n + M]
+    weight = _fill(scores.clone(), candidates, 0, -torch.inf).softmax(1)  # [n, n + M]
+    weight = _fill(weight * grad[:, None], candidates, 0, 0.0)
     own = weight[:, : len(z)]
     _subtract_positives(own, grad, classes, share)
     dscale = (weight * scores).sum() / factor
@@ -121,16 +126,19 @@ def block_gradient(
     candidates: str,
     diagonal: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """What the columns add, as candidates, to the rows' gradient [n, D], and to the scale's."""
+    """What the columns add, as candidates, to the rows' gradient [n, D], and to the scale's.
+
+    Where the columns are anchors too, theirs is half of each pair's part in the scale's gradient.
+    """
     scores = _scores(rows, columns, scale, scale_value)
     weight = row_grad[:, None] * (scores - row_lse[:, None]).exp()
     weight = _fill(weight, candidates, diagonal, 0.0)
-    factor = _factor(scale, scale_value, rows.dtype)
-    dscale = (weight * scores).sum() / factor
     if column_lse is not None and column_grad is not None:
         pulled = column_grad * (scores - column_lse).exp()
         weight = weight + _fill(pulled, candidates, diagonal, 0.0)
-    return weight @ columns * factor, dscale
+    pull = weight @ columns
+    dscale = (rows * pull).sum() * (1 if column_lse is None else 0.5)
+    return pull * _factor(scale, scale_value, rows.dtype), dscale
 
 
 def embeddings(views: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
