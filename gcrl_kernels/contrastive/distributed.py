@@ -170,7 +170,8 @@ def check_same_shape(names: str, count: int, z: Tensor, group: dist.ProcessGroup
     gathering that follows, when the other one has gone or the group's timeout is over.
     """
     own = (count, z.shape[-1])
-    gathered = all_gather(torch.tensor([own]).to(z.device, non_blocking=True), group)
+    numbers = [torch.full((1, 1), number, device=z.device) for number in own]  # nothing is copied
+    gathered = all_gather(torch.cat(numbers, 1), group)
     known = _same_shapes.setdefault(group, set())
     if own in known and z.device.type != "cpu":
         return
