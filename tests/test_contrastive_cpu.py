@@ -139,6 +139,15 @@ def test_scores_that_lie_far_apart(spread) -> None:
     )  # fmt: skip
 
 
+def test_large_scores_round_no_weights() -> None:
+    """All scores are about 1,000: rounding its log-sum-exp there shifts a row's whole gradient."""
+    inputs = [math.sqrt(1000 / 16) + z / 16 for z in pair(150, 16)]
+    assert_as_accurate(
+        ours(normalize=False, temperature=1.0, reduction="sum"),
+        lambda *z: plain(*z, 1.0, unit=False, reduction="sum"), inputs, torch.float32,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("candidates", [OTHERS, NEGATIVES])
 @pytest.mark.parametrize("rows, columns, diagonal", [(70, 200, 50), (6, 9, None), (300, 300, 0)])
 def test_blocks(candidates, rows, columns, diagonal) -> None:
