@@ -21,9 +21,9 @@ typedef uint16_t LooseHalves __attribute__((vector_size(VECTOR_BYTES / 2), align
 constexpr int kLanes = VECTOR_BYTES / sizeof(float);
 constexpr float kInfinity = __builtin_inff();
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-inline int64_t whole_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+int64_t whole_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
 // The numbers from 0 to kLanes - 1, with every bit of kFlip turned over.
 template <int kFlip = 0>
@@ -34,8 +34,8 @@ inline Ints lanes() {
   return index;
 }
 
-inline Floats& at(float* data) { return *reinterpret_cast<Floats*>(data); }
-inline const Floats& at(const float* data) { return *reinterpret_cast<const Floats*>(data); }
+Floats& at(float* data) { return *reinterpret_cast<Floats*>(data); }
+const Floats& at(const float* data) { return *reinterpret_cast<const Floats*>(data); }
 
 // Over all lanes, in halves.
 template <int kStep = kLanes / 2>
@@ -53,7 +53,7 @@ inline float largest_of(Floats values) {
 
 // exp to about one unit in the last place; 0 below the least normal number. 2^n e^r with
 // |r| <= ln(2)/2, where e^r - 1 - r is r² times a polynomial (a minimax fit).
-inline Floats exp(Floats x) {
+Floats exp(Floats x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
   const Floats shifted = x * 1.44269504f + kRound;
   const Floats n = shifted - kRound;
@@ -172,8 +172,8 @@ inline void transpose(Floats (&square)[kLanes]) {
 }
 
 // Rows [length, width] to columns [features, stride], with zeros after a column's numbers.
-inline void transpose(const float* packed, int64_t width, int64_t length, int64_t features,
-                      float* transposed, int64_t stride) {
+void transpose(const float* packed, int64_t width, int64_t length, int64_t features,
+               float* transposed, int64_t stride) {
   for (int64_t i = 0; i < length; i += kLanes) {
     for (int64_t d = 0; d < features; d += kLanes) {
       Floats square[kLanes];
@@ -190,7 +190,7 @@ inline void transpose(const float* packed, int64_t width, int64_t length, int64_
   }
 }
 
-inline int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
+int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 // Scratch memory, handed out piece by piece.
 struct Scratch {
