@@ -34,13 +34,13 @@ CHOICES = (
     Choice("color_cross_entropy", "cuda", ("reference",)),
     Choice("linear_color_cross_entropy", "cpu", ("reference",)),
     Choice("linear_color_cross_entropy", "cuda", ("reference",)),
-    Choice("nt_xent", "cpu", ("cpu", "reference")),
+    Choice("nt_xent", "cpu", ("cpu", "reference"), "contrastive_cpu.json"),
     Choice("nt_xent", "cuda", ("reference",)),
-    Choice("dcl", "cpu", ("cpu", "reference")),
+    Choice("dcl", "cpu", ("cpu", "reference"), "contrastive_cpu.json"),
     Choice("dcl", "cuda", ("reference",)),
-    Choice("supcon", "cpu", ("cpu", "reference")),
+    Choice("supcon", "cpu", ("cpu", "reference"), "contrastive_cpu.json"),
     Choice("supcon", "cuda", ("reference",)),
-    Choice("info_nce", "cpu", ("cpu", "reference")),
+    Choice("info_nce", "cpu", ("cpu", "reference"), "contrastive_cpu.json"),
     Choice("info_nce", "cuda", ("reference",)),
 )
 

@@ -82,13 +82,12 @@ def test_many_features(features) -> None:
 def test_dtypes_and_temperatures(dtype, temperature, further) -> None:
     negatives = torch.randn(further, 24).to(dtype) if further else None
 
-    def function(z0: Tensor, z1: Tensor) -> Tensor:
+    def function(z0: Tensor, z1: Tensor, tau: Tensor) -> Tensor:
         like = None if negatives is None else negatives.to(z0.dtype)
-        return ours(temperature=temperature, negatives=like)(z0, z1)
+        return ours(temperature=tau, negatives=like)(z0, z1)
 
-    assert_as_accurate(
-        function, lambda *z: plain(*z, temperature, negatives=negatives), pair(90, 24), dtype
-    )
+    inputs = [*pair(90, 24), torch.tensor(temperature)]
+    assert_as_accurate(function, lambda *t: plain(*t, negatives=negatives), inputs, dtype)
 
 
 @given(
