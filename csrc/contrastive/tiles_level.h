@@ -37,17 +37,18 @@ inline void store(float* data, Floats values, int64_t count) {
   store_part<Float32>(data, values, count);
 }
 
-// Where a product is added to [rows, features] in memory of any alignment.
+// Where a product is added to [rows, features] in memory of any alignment: each tile's sum by
+// itself first, so that its small terms are not rounded to what came before.
 struct Added {
   float* data;
   int64_t stride, features;
 
   Added part(int64_t i, int64_t j) const { return {data + i * stride + j, stride, features - j}; }
-  Floats before(int i, int j) const {
-    return load(data + i * stride + j * kLanes, features - j * kLanes);
-  }
+  Floats before(int, int) const { return Floats{}; }
   void write(int i, int j, Floats values) const {
-    store(data + i * stride + j * kLanes, values, features - j * kLanes);
+    float* at = data + i * stride + j * kLanes;
+    const int64_t left = features - j * kLanes;
+    store(at, load(at, left) + values, left);
   }
 };
 
