@@ -86,13 +86,13 @@ class NTXent(Case):
         return scores
 
     def work(self, way: str) -> Work:
-        """The similarities' upper triangle once; backward, the whole square and its product."""
+        """The similarities' upper triangle in either pass; in backward the whole square's product."""
         anchors = 2 * self.images
         size = anchors * self.width * self.dtype.itemsize
         square = 2 * anchors**2 * self.width  # one n x n x D product
         if way == PASSES[0]:
             return Work(size, square / 2)
-        return Work(3 * size, square * 2.5)
+        return Work(3 * size, square * 2)
 
 
 class Kin(NTXent):
