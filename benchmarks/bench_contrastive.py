@@ -1,8 +1,8 @@
-"""NT-Xent of 2N views, beside plain and compiled PyTorch and other people's losses."""
+"""NT-Xent of 2N views and its kin, beside plain and compiled PyTorch and other people's losses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.contest import PASSES, Case
+from benchmarks.contest import PASSES, Case, Function
 from benchmarks.floors import Work
 from benchmarks.measure import DEVICE
-from benchmarks.peers.contrastive import CONTENDERS
+from benchmarks.peers.contrastive import (
+    CONTENDERS,
+    DCL,
+    INFO_NCE,
+    SUPCON,
+    plain_dcl,
+    plain_info_nce,
+    plain_supcon,
+)
 
 BLOCK = 1024  # rows of the exact computation at a time
 
@@ -78,13 +86,51 @@ class NTXent(Case):
         return scores
 
     def work(self, way: str) -> Work:
-        """The similarities' upper triangle once; backward, the whole square and its product."""
+        """The similarities' upper triangle in either pass; in backward the whole square's product."""
         anchors = 2 * self.images
         size = anchors * self.width * self.dtype.itemsize
         square = 2 * anchors**2 * self.width  # one n x n x D product
         if way == PASSES[0]:
             return Work(size, square / 2)
-        return Work(3 * size, square * 2.5)
+        return Work(3 * size, square * 2)
+
+
+class Kin(NTXent):
+    """Another loss of the same views."""
+
+    plain: Callable[[Any], Function]
+
+    def _exact(self, way: str, *, masked: bool) -> Sequence[Tensor]:
+        leaves = [tensor.detach().double().requires_grad_() for tensor in self.inputs()]
+        loss = self.plain(self)(*leaves)
+        gradients = [] if way == PASSES[0] else torch.autograd.grad(loss, leaves)
+        return [loss.detach(), *gradients]
+
+
+class Decoupled(Kin):
+    plain = staticmethod(plain_dcl)
+
+
+class Supervised(Kin):
+    """Of one tensor of 2N embeddings, ten of each label."""
+
+    plain = staticmethod(plain_supcon)
+
+    def inputs(self) -> Sequence[Tensor]:
+        return [torch.cat([view.detach() for view in super().inputs()]).requires_grad_()]
+
+    def labels(self) -> Tensor:
+        return torch.arange(2 * self.images, device=DEVICE) % (self.images // 5)
+
+
+class TwoTowers(Kin):
+    """Of the similarities across the towers alone."""
+
+    plain = staticmethod(plain_info_nce)
+
+    def work(self, way: str) -> Work:
+        whole = super().work(way)
+        return Work(whole.bytes, whole.flops / 2)
 
 
 CPU = [
@@ -107,4 +153,28 @@ GPU = [
 @pytest.mark.parametrize("way", PASSES)
 @pytest.mark.parametrize("case", CPU if DEVICE == "cpu" else GPU, ids=str)
 def test_nt_xent(report, case, way, contender) -> None:
+    report(case, way, contender)
+
+
+KIN = [(1024, 128, torch.float32)] if DEVICE == "cpu" else [(2048, 128, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("contender", DCL, ids=lambda contender: contender.name)
+@pytest.mark.parametrize("way", PASSES)
+@pytest.mark.parametrize("case", [Decoupled(*case) for case in KIN], ids=str)
+def test_dcl(report, case, way, contender) -> None:
+    report(case, way, contender)
+
+
+@pytest.mark.parametrize("contender", SUPCON, ids=lambda contender: contender.name)
+@pytest.mark.parametrize("way", PASSES)
+@pytest.mark.parametrize("case", [Supervised(*case) for case in KIN], ids=str)
+def test_supcon(report, case, way, contender) -> None:
+    report(case, way, contender)
+
+
+@pytest.mark.parametrize("contender", INFO_NCE, ids=lambda contender: contender.name)
+@pytest.mark.parametrize("way", PASSES)
+@pytest.mark.parametrize("case", [TwoTowers(*case) for case in KIN], ids=str)
+def test_info_nce(report, case, way, contender) -> None:
     report(case, way, contender)

@@ -26,7 +26,7 @@ _OPERATORS = {
     "aten::_scaled_dot_product": "attention",
     "aten::scaled_dot_product": "attention",
     "gcrl_kernels::linear_color_cross_entropy": "colour cross-entropy",
-    "gcrl_kernels::nt_xent": "NT-Xent",
+    "gcrl_kernels::contrast": "NT-Xent",
 }
 _STEP = "step"
 

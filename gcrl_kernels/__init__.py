@@ -8,7 +8,7 @@ from gcrl_kernels.color_cross_entropy import (
     linear_color_cross_entropy,
     quantize_colors,
 )
-from gcrl_kernels.contrastive import nt_xent
+from gcrl_kernels.contrastive import dcl, info_nce, nt_xent, supcon
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,8 +16,11 @@ __all__ = [
     "axial_attention",
     "axial_attention_packed",
     "color_cross_entropy",
+    "dcl",
     "fit_palette",
+    "info_nce",
     "linear_color_cross_entropy",
     "nt_xent",
     "quantize_colors",
+    "supcon",
 ]

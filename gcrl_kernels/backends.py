@@ -36,8 +36,14 @@ CHOICES = (
         "linear_color_cross_entropy", "cpu", ("cpu", "reference"), "color_cross_entropy_cpu.json"
     ),
     Choice("linear_color_cross_entropy", "cuda", ("cuda", "triton", "reference")),
-    Choice("nt_xent", "cpu", ("reference",)),
+    Choice("nt_xent", "cpu", ("cpu", "reference"), "contrastive_cpu.json"),
     Choice("nt_xent", "cuda", ("reference",)),
+    Choice("dcl", "cpu", ("cpu", "reference"), "contrastive_cpu.json"),
+    Choice("dcl", "cuda", ("reference",)),
+    Choice("supcon", "cpu", ("cpu", "reference"), "contrastive_cpu.json"),
+    Choice("supcon", "cuda", ("reference",)),
+    Choice("info_nce", "cpu", ("cpu", "reference"), "contrastive_cpu.json"),
+    Choice("info_nce", "cuda", ("reference",)),
 )
 
 # Operator -> the backends that implement it, on one type of device or another.

@@ -15,7 +15,8 @@ from gcrl_kernels.axial_attention import axial_attention_packed
 from gcrl_kernels.backends import choose
 from gcrl_kernels.color_cross_entropy import color_cross_entropy, linear_color_cross_entropy
 from gcrl_kernels.contrastive import check_views, nt_xent
-from gcrl_kernels.contrastive.ops import block_lse
+from gcrl_kernels.contrastive.ops import block_lse, cannot
+from gcrl_kernels.contrastive.reference import OTHERS
 from gcrl_kernels.operators import accumulation_dtype
 
 __all__ = [
@@ -202,8 +203,9 @@ class NTXentLoss(nn.Module):
             self.next_row = self.next_row.to(out1.device)
         bank = self.bank.to(anchors)
         checks.check_shape("out1", out1, (len(out1), bank.shape[1]), "[N, D of the memory bank]")
-        backend = choose("nt_xent", None, anchors)
-        negative = block_lse(anchors, bank, None, float(self.temperature), None, backend)  # [N]
+        backend = choose("nt_xent", None, anchors, lambda name: cannot(name, dtype))
+        scale = (None, 1 / self.temperature)
+        negative = block_lse(anchors, bank, *scale, OTHERS, None, backend)  # [N]
         positive = (anchors * positives).sum(1) / self.temperature
         if out0.requires_grad:
             self._remember(positives.detach())

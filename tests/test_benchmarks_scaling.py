@@ -81,7 +81,9 @@ def test_the_benchmarks_count_the_same_work(way: str, causal: bool) -> None:
     if both:
         linear = CrossEntropy(1024, 96, 32, BF16, True)
         assert linear.work(way) == costs.linear_cross_entropy(1024, 96, 32)
-        assert NTXent(64, 16, BF16).work(way).flops == costs.nt_xent(128, 16)
+        # The least there is: a GPU's rows have one owner each, who makes the whole square anew.
+        least = NTXent(64, 16, BF16).work(way)
+        assert least.flops == costs.nt_xent(128, 16) - 128**2 * 16
 
 
 def test_linear_layers_multiply_as_often_as_torch_counts() -> None:

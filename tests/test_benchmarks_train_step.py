@@ -236,7 +236,7 @@ def test_each_kernel_and_each_moment_counts_once() -> None:
     operator = _event("gcrl_kernels::axial_attention_packed", attention, 1.0, time=15.0)
     inside = _event("aten::bmm", operator, 2.0, 3.0, time=9.0)
     outside = _event("aten::mm", step, 7.0, time=8.0)
-    loss = _event("gcrl_kernels::nt_xent", step, 0.5, time=1.0)
+    loss = _event("gcrl_kernels::contrast", step, 0.5, time=1.0)
     events = [step, attention, operator, inside, outside, loss]
     assert kernel_times(events) == {"step": 13.5, "attention": 6.0, REST: 7.0, "NT-Xent": 0.5}
     assert times(events) == {"step": 50.0, "attention": 20.0, "NT-Xent": 1.0}

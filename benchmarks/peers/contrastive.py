@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from benchmarks.contest import PLAIN, Contender, Function, Unavailable
 from benchmarks.peers import compiled, load, needs_gpu, ours
-from gcrl_kernels import nt_xent
+from gcrl_kernels import dcl, info_nce, nt_xent, supcon
 
 PAIRS_OF_PAIRS = 256  # views that pytorch-metric-learning's pair-based loss has memory for
 
@@ -133,4 +133,84 @@ CONTENDERS = [
     Contender("Inf-CL, self not masked", _inf_cl, exact=lambda case, way: case.unmasked(way)),
     # Another loss, of a sigmoid for each pair of views: the same products, no softmax.
     Contender("siglip-kernel, another loss", _siglip, yardstick=True),
+]
+
+
+def _wide(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def plain_dcl(case) -> Function:
+    def function(z0: Tensor, z1: Tensor) -> Tensor:
+        z = normalize(_wide(torch.cat([z0, z1])), dim=1)
+        image = torch.arange(len(z), device=z.device) % len(z0)
+        scores = (z @ z.T / case.temperature).masked_fill(image[:, None] == image, -torch.inf)
+        positive = (z * z.roll(len(z0), 0)).sum(1) / case.temperature
+        return (scores.logsumexp(1) - positive).mean()
+
+    return function
+
+
+def plain_supcon(case) -> Function:
+    labels = case.labels()
+
+    def function(z: Tensor) -> Tensor:
+        z = normalize(_wide(z), dim=1)
+        own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        scores = z @ z.T / case.temperature
+        positive = (labels[:, None] == labels) & ~own
+        log_p = scores - scores.masked_fill(own, -torch.inf).logsumexp(1, keepdim=True)
+        return -((log_p * positive).sum(1) / positive.sum(1)).mean()
+
+    return function
+
+
+def plain_info_nce(case) -> Function:
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        a, b = (normalize(_wide(z), dim=1) for z in (a, b))
+        logits, target = a @ b.T / case.temperature, torch.arange(len(a), device=a.device)
+        return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+    return function
+
+
+def _ours_dcl(case, backend: str) -> Function:
+    return lambda z0, z1: dcl(z0, z1, temperature=case.temperature, backend=backend)
+
+
+def _ours_supcon(case, backend: str) -> Function:
+    labels = case.labels()
+    return lambda z: supcon(z, labels, temperature=case.temperature, backend=backend)
+
+
+def _ours_info_nce(case, backend: str) -> Function:
+    return lambda a, b: info_nce(a, b, logit_scale=1 / case.temperature, backend=backend)
+
+
+def _lightly_dcl(case) -> Function:
+    return lightly_losses().DCLLoss(temperature=case.temperature)
+
+
+def _metric_learning_supcon(case) -> Function:
+    losses = load("pytorch_metric_learning.losses", "pytorch-metric-learning")
+    loss, labels = losses.SupConLoss(temperature=case.temperature), case.labels()
+    return lambda z: loss(z, labels)
+
+
+DCL = [
+    *ours("dcl", _ours_dcl),
+    Contender(PLAIN, plain_dcl),
+    Contender("torch.compile", lambda case: compiled(plain_dcl(case))),
+    Contender("lightly", _lightly_dcl),
+]
+SUPCON = [
+    *ours("supcon", _ours_supcon),
+    Contender(PLAIN, plain_supcon),
+    Contender("torch.compile", lambda case: compiled(plain_supcon(case))),
+    Contender("pytorch-metric-learning", _metric_learning_supcon),
+]
+INFO_NCE = [
+    *ours("info_nce", _ours_info_nce),
+    Contender(PLAIN, plain_info_nce),
+    Contender("torch.compile", lambda case: compiled(plain_info_nce(case))),
 ]

@@ -1,6 +1,8 @@
-"""The contrastive loss of two views of each image."""
+"""Contrastive losses of embeddings: each view tells its own image from the rest of the batch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from gcrl_kernels.backends import choose
 from gcrl_kernels.contrastive import ops, reference
 from gcrl_kernels.operators import accumulation_dtype
 
-__all__ = ["nt_xent"]
+__all__ = ["dcl", "info_nce", "nt_xent", "supcon"]
 
 
 def nt_xent(
@@ -57,78 +59,228 @@ def nt_xent(
         BackendUnavailableError: a backend asked for by name cannot serve here.
     """
     check_views(z0, z1)
-    if negatives is not None:
-        checks.check_floating("negatives", negatives)
-        checks.check_dimensions("negatives", negatives, 2, "[M, D]")
-        checks.check_shape("negatives", negatives, (negatives.shape[0], z0.shape[1]), "[M, D]")
-        checks.check_same_dtype("negatives", negatives, "z0", z0)
-        checks.check_same_device("negatives", negatives, "z0", z0)
-        negatives = negatives.detach()
-    checks.check_flag("normalize", normalize)
-    checks.check_choice("reduction", reduction, checks.REDUCTIONS)
-    checks.check_choice("gather", gather, ("all", "ring"))
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise checks.type_error(
-            "group", "None or a torch.distributed process group", type(group).__name__
-        )
-    tau = _temperature(temperature, z0)
-    backend = choose("nt_xent", backend, z0)
-    if group is None or dist.get_world_size(group) == 1:
-        losses, _ = ops.nt_xent(z0, z1, negatives, *tau, normalize, backend)
-    else:
-        losses = _group_losses(z0, z1, negatives, tau, normalize, reduction, group, gather, backend)
+    scale = _inverse("temperature", temperature, "z0", z0)
+    options = (scale, normalize, reduction, negatives, group, gather)
+    return _of_views("nt_xent", z0, z1, reference.OTHERS, *options, backend)
+
+
+def dcl(
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    normalize: bool = True,
+    reduction: str = "mean",
+    negatives: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    gather: str = "all",
+    backend: str | None = None,
+) -> Tensor:
+    """The decoupled contrastive loss (Yeh et al. 2021, arXiv 2110.06848), in nats.
+
+    NT-Xent without the positive among the candidates: -s_{i,π(i)} + log Σ_{k≠i,π(i)} exp(s_ik).
+    Arguments, result and errors are those of `nt_xent`; where an anchor has no negatives, its loss
+    is minus infinity.
+    """
+    check_views(z0, z1)
+    scale = _inverse("temperature", temperature, "z0", z0)
+    options = (scale, normalize, reduction, negatives, group, gather)
+    return _of_views("dcl", z0, z1, reference.NEGATIVES, *options, backend)
+
+
+def info_nce(
+    a: Tensor,
+    b: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    bias: float | Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    gather: str = "all",
+    backend: str | None = None,
+) -> Tensor:
+    """The loss of two towers (CLIP, Radford et al. 2021, arXiv 2103.00020), in nats.
+
+    With the logits s_ik = logit_scale a_i·b_k + bias, the cross-entropy of each row of them and of
+    each column, where row i belongs to column i.
+
+    Args:
+        a, b: [N, D], floating point, one dtype: the embeddings of both towers.
+        logit_scale: multiplies the similarities: a finite number, or a tensor of one element, which
+            may require a gradient (CLIP learns its logarithm).
+        bias: added to every logit: a number or a tensor of one element. It changes nothing, and its
+            gradient is zero; it is here for models that have one.
+        reduction: "mean" over the 2N rows and columns, "sum", or "none": [2N], the rows first.
+        normalize, group, gather, backend: as in `nt_xent`.
+
+    Returns:
+        float32 (float64 for float64 inputs), a scalar or [2N].
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype, shape or device than stated.
+        BackendUnavailableError: a backend asked for by name cannot serve here.
+    """
+    check_views(a, b, "a", "b")
+    scale = _number_or_tensor("logit_scale", logit_scale, "a", a)
+    options = (scale, normalize, reduction, None, group, gather)
+    loss = _of_views("info_nce", a, b, reference.OTHER_HALF, *options, backend)
+    if bias is None:
+        return loss
+    tensor, _ = _number_or_tensor("bias", bias, "a", a)
+    return loss if tensor is None else loss + 0 * tensor.to(loss.dtype)
+
+
+def supcon(
+    z: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    normalize: bool = True,
+    reduction: str = "mean",
+    negatives: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, L_out), in nats.
+
+    Every other embedding of an anchor's label is its positive; its loss is the mean over them of
+    -log( exp(s_ip) / Σ_{k≠i} exp(s_ik) ), or 0 where there is none.
+
+    Args:
+        z: [n, D], floating point.
+        labels: [n], integers.
+        reduction: "mean" over the anchors that have a positive (NaN where none has), "sum", or
+            "none": [n].
+        temperature, normalize, negatives, backend: as in `nt_xent`.
+
+    Returns:
+        float32 (float64 for float64 inputs), a scalar or [n].
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype, shape or device than stated.
+        BackendUnavailableError: a backend asked for by name cannot serve here.
+    """
+    _check_embeddings("z", z, "[n, D]", "embedding")
+    checks.check_dtype("labels", labels, checks.INTEGERS, "a tensor of integers")
+    checks.check_shape("labels", labels, z.shape[:1], "[n]")
+    checks.check_same_device("labels", labels, "z", z)
+    scale = _inverse("temperature", temperature, "z", z)
+    negatives = _check_options(z, "z", normalize, reduction, negatives)
+    # A class is the place of its first member among the sorted labels.
+    ordered = labels.sort().values
+    classes = torch.searchsorted(ordered, labels)
+    positives = torch.searchsorted(ordered, labels, right=True) - classes - 1
+    share = torch.where(positives > 0, 1 / positives.clamp_min(1), 0.0)
+    share = share.to(accumulation_dtype(z.dtype))
+    losses, _ = ops.contrast(
+        z, None, negatives, classes.int(), share, *scale, reference.OTHERS, normalize,
+        _choose("supcon", backend, z),
+    )  # fmt: skip
     if reduction == "none":
         return losses
-    return losses.mean() if reduction == "mean" else losses.sum()
+    return losses.sum() if reduction == "sum" else losses.sum() / (positives > 0).sum()
 
 
 def check_views(z0: Tensor, z1: Tensor, name0: str = "z0", name1: str = "z1") -> None:
     """Raise unless both are [N, D], floating point, of one dtype on one device."""
-    checks.check_floating(name0, z0)
-    checks.check_dimensions(name0, z0, 2, "[N, D]")
-    if 0 in z0.shape:
-        raise checks.value_error(
-            name0, "[N, D] with at least one image and one feature", checks.shape(z0)
-        )
+    _check_embeddings(name0, z0, "[N, D]", "image")
     checks.check_floating(name1, z1)
     checks.check_shape(name1, z1, z0.shape, f"of {name0}")
     checks.check_same_dtype(name1, z1, name0, z0)
     checks.check_same_device(name1, z1, name0, z0)
 
 
-def _temperature(temperature: float | Tensor, z0: Tensor) -> tuple[Tensor | None, float]:
-    """As the operators take it: a tensor with one element and no dimension, or a number."""
-    if not isinstance(temperature, Tensor):
-        checks.check_number("temperature", temperature)
-        if not temperature != 0:
-            raise checks.value_error("temperature", "a number other than 0", temperature)
-        return None, float(temperature)
-    checks.check_floating("temperature", temperature)
-    if temperature.numel() != 1:
+def _check_embeddings(name: str, z: Tensor, layout: str, row: str) -> None:
+    checks.check_floating(name, z)
+    checks.check_dimensions(name, z, 2, layout)
+    if 0 in z.shape:
         raise checks.value_error(
-            "temperature", "a tensor of one element", checks.shape(temperature)
+            name, f"{layout} with at least one {row} and one feature", checks.shape(z)
         )
-    checks.check_same_device("temperature", temperature, "z0", z0)
-    return temperature.reshape(()), 0.0
 
 
-def _group_losses(
+def _check_options(
+    z: Tensor, name: str, normalize: bool, reduction: str, negatives: Tensor | None
+) -> Tensor | None:
+    """Returns the negatives without their gradient."""
+    checks.check_flag("normalize", normalize)
+    checks.check_choice("reduction", reduction, checks.REDUCTIONS)
+    if negatives is None:
+        return None
+    checks.check_floating("negatives", negatives)
+    checks.check_dimensions("negatives", negatives, 2, "[M, D]")
+    checks.check_shape("negatives", negatives, (negatives.shape[0], z.shape[1]), "[M, D]")
+    checks.check_same_dtype("negatives", negatives, name, z)
+    checks.check_same_device("negatives", negatives, name, z)
+    return negatives.detach()
+
+
+def _number_or_tensor(
+    name: str, value: float | Tensor, other_name: str, other: Tensor
+) -> tuple[Tensor | None, float]:
+    """As the operators take it: a tensor with one element and no dimension, or a number."""
+    if not isinstance(value, Tensor):
+        checks.check_number(name, value)
+        return None, float(value)
+    checks.check_floating(name, value)
+    if value.numel() != 1:
+        raise checks.value_error(name, "a tensor of one element", checks.shape(value))
+    checks.check_same_device(name, value, other_name, other)
+    return value.reshape(()), 0.0
+
+
+def _inverse(
+    name: str, temperature: float | Tensor, other_name: str, other: Tensor
+) -> tuple[Tensor | None, float]:
+    """The scale that a temperature stands for."""
+    tensor, value = _number_or_tensor(name, temperature, other_name, other)
+    if tensor is not None:
+        return tensor.to(accumulation_dtype(other.dtype)).reciprocal(), 0.0
+    if not value != 0:
+        raise checks.value_error(name, "a number other than 0", temperature)
+    return None, 1 / value
+
+
+def _choose(function: str, backend: str | None, z: Tensor) -> str:
+    return choose(function, backend, z, lambda name: ops.cannot(name, z.dtype))
+
+
+def _of_views(
+    function: str,
     z0: Tensor,
     z1: Tensor,
-    negatives: Tensor | None,
-    tau: tuple[Tensor | None, float],
+    candidates: str,
+    scale: tuple[Tensor | None, float],
     normalize: bool,
     reduction: str,
-    group: dist.ProcessGroup,
+    negatives: Tensor | None,
+    group: dist.ProcessGroup | None,
     gather: str,
-    backend: str,
+    backend: str | None,
 ) -> Tensor:
-    from gcrl_kernels.contrastive.distributed import anchor_losses
+    """The reduced loss of views whose positives are their partners."""
+    name = "a" if function == "info_nce" else "z0"
+    negatives = _check_options(z0, name, normalize, reduction, negatives)
+    checks.check_choice("gather", gather, ("all", "ring"))
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise checks.type_error(
+            "group", "None or a torch.distributed process group", type(group).__name__
+        )
+    backend = _choose(function, backend, z0)
+    if group is None or dist.get_world_size(group) == 1:
+        options: tuple[Any, ...] = (*scale, candidates, normalize, backend)
+        losses, _ = ops.contrast(z0, z1, negatives, None, None, *options)
+    else:
+        from gcrl_kernels.contrastive.distributed import anchor_losses
 
-    def embeddings(views: Tensor) -> Tensor:
-        views = views.to(accumulation_dtype(views.dtype))
-        return normalize_rows(views, dim=1, eps=reference.EPSILON) if normalize else views
+        def embeddings(views: Tensor) -> Tensor:
+            views = views.to(accumulation_dtype(views.dtype))
+            return normalize_rows(views, dim=1, eps=reference.EPSILON) if normalize else views
 
-    z = embeddings(torch.cat([z0, z1]))
-    columns = None if negatives is None else embeddings(negatives)
-    return anchor_losses(z, columns, *tau, group, gather, reduction != "none", backend)
+        z = embeddings(torch.cat([z0, z1]))
+        columns = None if negatives is None else embeddings(negatives)
+        options = (*scale, candidates, group, gather, reduction != "none", backend)
+        losses = anchor_losses(z, columns, *options)
+    if reduction == "none":
+        return losses
+    return losses.mean() if reduction == "mean" else losses.sum()

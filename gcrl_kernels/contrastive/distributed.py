@@ -1,21 +1,25 @@
-"""NT-Xent over the views of every process in a group.
+"""The contrastive losses over the views of every process in a group.
 
-Each process has its own rows and meets everyone's columns: z is gathered (or passed around a ring),
-then each row's log-sum-exp. Column k's own loss pulls at row i with exp(s_ik - lse_k), so lse is
-all that a process needs from the others to have its rows' whole gradient, and no gradient travels
-back.
+Each process has its own rows and meets everyone's columns: z is gathered (or exchanged with one
+process at a time), then each row's log-sum-exp. Column k's own loss pulls at row i with
+exp(s_ik - lse_k), so lse is all that a process needs from the others to have its rows' whole
+gradient, and no gradient travels back. Positives are always of the same process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gcrl_kernels.contrastive import ops, reference
+
+# A meeting: which rows, the column where their own batch begins or None, the columns' tensors.
+_Meeting = tuple[slice, int | None, tuple[Tensor, ...]]
 
 
 class _AnchorLosses(torch.autograd.Function):
@@ -31,93 +35,120 @@ class _AnchorLosses(torch.autograd.Function):
         ctx: Any,
         z: Tensor,  # [2N, D], normalised where that is asked for, in the accumulation dtype
         negatives: Tensor | None,  # [M, D], likewise
-        temperature: Tensor | None,
-        temperature_value: float,
+        scale: Tensor | None,
+        scale_value: float,
+        candidates: str,
         group: dist.ProcessGroup,
         gather: str,
         same_gradient: bool,
         backend: str,
     ) -> Tensor:
         check_same_shape("z0, z1", len(z) // 2, z, group)
-        tau = (temperature, temperature_value)
-        gathered = all_gather(z, group) if gather == "all" else None
-        blocks = _ring((z,), group)
-        if gathered is not None:
-            blocks = iter([(dist.get_rank(group) * len(z), (gathered,))])
+        options = (scale, scale_value, candidates)
+        gathered = _gathered(z, candidates, group) if gather == "all" else []
         lse = z.new_full((len(z),), -torch.inf)
-        for diagonal, (columns,) in blocks:
-            lse = lse.logaddexp(ops.block_lse(z, columns, *tau, diagonal, backend))
+        for rows, diagonal, (columns,) in _meetings((z,), [gathered], candidates, group):
+            part = ops.block_lse(z[rows], columns, *options, diagonal, backend)
+            lse[rows] = lse[rows].logaddexp(part)
         if negatives is not None:
-            lse = lse.logaddexp(ops.block_lse(z, negatives, *tau, None, backend))
-        gathered_lse = all_gather(lse, group) if gather == "all" else None
-        ctx.save_for_backward(z, negatives, temperature, lse, gathered, gathered_lse)
-        ctx.options = (temperature_value, group, same_gradient, backend)
-        return lse - reference.positive_scores(z) / (
-            temperature_value if temperature is None else temperature.to(z.dtype)
-        )
+            lse = lse.logaddexp(ops.block_lse(z, negatives, *options, None, backend))
+        gathered += _gathered(lse, candidates, group) if gather == "all" else []
+        ctx.save_for_backward(z, negatives, scale, lse, *gathered)
+        ctx.options = (scale_value, candidates, group, same_gradient, backend)
+        return lse - _positive_scores(z) * _factor(scale, scale_value, z)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        z, negatives, temperature, lse, gathered, gathered_lse = ctx.saved_tensors
-        temperature_value, group, same_gradient, backend = ctx.options
-        tau = (temperature, temperature_value)
-        dz, dtemperature = reference.positive_gradient(z, grad, *tau)
-        for diagonal, (columns, column_lse, column_grad) in _columns(
-            z, lse, grad, gathered, gathered_lse, group, same_gradient
+        z, negatives, scale, lse, *gathered = ctx.saved_tensors
+        scale_value, candidates, group, same_gradient, backend = ctx.options
+        options, grad = (scale, scale_value, candidates), grad.contiguous()
+        partners = reference.partners
+        pull = -(grad + partners(grad)) * _factor(scale, scale_value, z)
+        dz, dscale = pull[:, None] * partners(z), -(grad * _positive_scores(z)).sum()
+        all_z, all_lse = gathered[: len(gathered) // 2], gathered[len(gathered) // 2 :]
+        if same_gradient:
+            all_grad = [grad[:1].expand_as(each) for each in all_lse]
+        else:
+            all_grad = _gathered(grad, candidates, group) if gathered else []
+        for rows, diagonal, columns in _meetings(
+            (z, lse, grad), [all_z, all_lse, all_grad], candidates, group
         ):
-            part, dtemperature_part = ops.block_gradient(
-                z, lse, grad, columns, column_lse, column_grad, *tau, diagonal, backend
-            )
-            dz, dtemperature = dz + part, dtemperature + dtemperature_part
+            own = z[rows], lse[rows], grad[rows]
+            part, dscale_part = ops.block_gradient(*own, *columns, *options, diagonal, backend)
+            dz[rows] += part
+            dscale = dscale + dscale_part
         if negatives is not None:
-            part, dtemperature_part = ops.block_gradient(
-                z, lse, grad, negatives, None, None, *tau, None, backend
+            part, dscale_part = ops.block_gradient(
+                z, lse, grad, negatives, None, None, *options, None, backend
             )
-            dz, dtemperature = dz + part, dtemperature + dtemperature_part
-        if temperature is not None:
-            dtemperature = dtemperature.to(temperature.dtype)
-        return dz, None, dtemperature if ctx.needs_input_grad[2] else None, *[None] * 5
+            dz, dscale = dz + part, dscale + dscale_part
+        if scale is not None:
+            dscale = dscale.to(scale.dtype)
+        return dz, None, dscale if ctx.needs_input_grad[2] else None, *[None] * 6
 
 
 anchor_losses = torch.compiler.disable(_AnchorLosses.apply)
 
 
-def _columns(
-    z: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-    gathered: Tensor | None,
-    gathered_lse: Tensor | None,
+def _factor(scale: Tensor | None, value: float, z: Tensor) -> Tensor | float:
+    return value if scale is None else scale.to(z.dtype)
+
+
+def _positive_scores(z: Tensor) -> Tensor:
+    """z_i·z_π(i), [2N]; the scale is left to the caller."""
+    return (z * reference.partners(z)).sum(1)
+
+
+def _parts(count: int, candidates: str) -> list[tuple[slice, slice]]:
+    """Which rows meet which of a process's columns."""
+    if candidates != reference.OTHER_HALF:
+        return [(slice(0, count), slice(0, count))]
+    first, second = slice(0, count // 2), slice(count // 2, count)
+    return [(first, second), (second, first)]
+
+
+def _gathered(tensor: Tensor, candidates: str, group: dist.ProcessGroup) -> list[Tensor]:
+    """For each of the parts, every process's columns."""
+    return [all_gather(tensor[columns], group) for _, columns in _parts(len(tensor), candidates)]
+
+
+def _meetings(
+    tensors: tuple[Tensor, ...],
+    gathered: list[list[Tensor]],
+    candidates: str,
     group: dist.ProcessGroup,
-    same_gradient: bool,
-) -> Iterator[tuple[int | None, tuple[Tensor, ...]]]:
-    """Blocks of columns z with their lse and upstream gradients: all gathered, or one a process."""
-    if gathered is None or gathered_lse is None:
-        yield from _ring((z, lse, grad.contiguous()), group)
-    else:
-        all_grad = grad[:1].expand_as(gathered_lse) if same_gradient else all_gather(grad, group)
-        yield dist.get_rank(group) * len(z), (gathered, gathered_lse, all_grad)
+) -> Iterator[_Meeting]:
+    """What the rows meet: all processes' columns at once where they are gathered, else in turn."""
+    count = len(tensors[0])
+    parts = _parts(count, candidates)
+    own_batch = candidates != reference.OTHER_HALF
+    if gathered[0]:
+        diagonal = dist.get_rank(group) * count if own_batch else None
+        for index, (rows, _) in enumerate(parts):
+            yield rows, diagonal, tuple(each[index] for each in gathered)
+        return
+    for step, received in enumerate(_ring(tensors, group)):
+        diagonal = 0 if step == 0 and own_batch else None
+        for rows, columns in parts:
+            yield rows, diagonal, tuple(tensor[columns] for tensor in received)
 
 
-def _ring(
-    tensors: tuple[Tensor, ...], group: dist.ProcessGroup
-) -> Iterator[tuple[int | None, tuple[Tensor, ...]]]:
-    """The tensors of this process, then those of the one before it in the ring, and so on.
+def _ring(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors of this process, then of the one before it in the ring, and so on.
 
-    With each comes the column of row 0 itself, None where they are another process's.
+    Each comes straight from its process into the same memory, which the next one overwrites.
     """
+    yield tensors
     ranks = dist.get_process_group_ranks(group)
     rank, size = dist.get_rank(group), len(ranks)
-    following, previous = ranks[(rank + 1) % size], ranks[(rank - 1) % size]
-    for step in range(size):
-        yield (0 if step == 0 else None), tensors
-        if step + 1 < size:
-            received = tuple(torch.empty_like(tensor) for tensor in tensors)
-            transfers = [dist.P2POp(dist.isend, t, following, group) for t in tensors]
-            transfers += [dist.P2POp(dist.irecv, t, previous, group) for t in received]
-            for work in dist.batch_isend_irecv(transfers):
-                work.wait()
-            tensors = received
+    received = tuple(torch.empty_like(tensor) for tensor in tensors)
+    for step in range(1, size):
+        to, source = ranks[(rank + step) % size], ranks[(rank - step) % size]
+        transfers = [dist.P2POp(dist.isend, tensor, to, group) for tensor in tensors]
+        transfers += [dist.P2POp(dist.irecv, tensor, source, group) for tensor in received]
+        for work in dist.batch_isend_irecv(transfers):
+            work.wait()
+        yield received
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -127,10 +158,25 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.cat(parts)
 
 
+# Of each group, the shapes that every process was seen to have.
+_same_shapes: WeakKeyDictionary[dist.ProcessGroup, set[tuple[int, int]]] = WeakKeyDictionary()
+
+
 def check_same_shape(names: str, count: int, z: Tensor, group: dist.ProcessGroup) -> None:
-    """Raise ValueError unless every process has as many images, `count`, and features, z's last."""
-    shape = torch.tensor([[count, z.shape[-1]]], device=z.device)
-    shapes = all_gather(shape, group).tolist()
+    """Raise ValueError unless every process has as many images, `count`, and features, z's last.
+
+    The shapes are always gathered, so that the processes' collectives match, but a device is waited
+    for only when a shape is new here; a process whose own shape is not will then fail in the
+    gathering that follows, when the other one has gone or the group's timeout is over.
+    """
+    own = (count, z.shape[-1])
+    numbers = [torch.full((1, 1), number, device=z.device) for number in own]  # nothing is copied
+    gathered = all_gather(torch.cat(numbers, 1), group)
+    known = _same_shapes.setdefault(group, set())
+    if own in known and z.device.type != "cpu":
+        return
+    shapes = gathered.tolist()
     if any(other != shapes[0] for other in shapes):
         views = ", ".join(f"rank {rank} has [{n}, {d}]" for rank, (n, d) in enumerate(shapes))
         raise ValueError(f"{names}: expected the same shape [N, D] on every rank, got: {views}")
+    known.add(own)

@@ -1,87 +1,110 @@
-"""The operators of NT-Xent: schemas, shapes and gradients.
+"""The operators of the contrastive losses: schemas, shapes and gradients.
 
-`nt_xent` is the loss of the views of one process. The block operators are its parts, some rows
-against some columns, from which the loss over several processes is put together, and the one
-against a memory bank. The columns of `block_lse` get no gradient.
+`contrast` is any of the losses of one process's views, told apart by the candidates and by whether
+there are classes (see reference.py). The block operators are its parts, some rows against some
+columns, from which the loss over several processes is put together, and the one against a memory
+bank. The columns of `block_lse` get no gradient.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gcrl_kernels.contrastive import reference
+from gcrl_kernels.contrastive.launch import Implementation, implementation
 from gcrl_kernels.operators import accumulation_dtype, define, differentiate, once_differentiable
 
+IMPLEMENTATIONS = {
+    "reference": Implementation(
+        reference.forward, reference.backward, reference.block_lse, reference.block_gradient
+    ),
+    "cpu": implementation(lambda: torch.ops.gcrl_kernels_cpu),
+}
 
-def _anchor_shapes(z0: Tensor) -> tuple[Tensor, Tensor]:
+_SCALE = "Tensor? scale"
+_OPTIONS = "float scale_value, str candidates"
+
+
+def cannot(backend: str, dtype: torch.dtype) -> str | None:
+    """Why a backend's kernels do not take embeddings of this dtype."""
+    if backend == "reference" or dtype != torch.float64:
+        return None
+    return f"it takes float16, bfloat16 and float32, got {dtype}"
+
+
+def _anchor_shapes(z0: Tensor, z1: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(z0.dtype)
-    anchors = 2 * z0.shape[0]
-    return z0.new_empty(anchors, dtype=dtype), z0.new_empty(anchors, dtype=dtype)
+    anchors = z0.shape[0] if z1 is None else 2 * z0.shape[0]
+    return z0.new_empty(anchors, dtype=dtype), z0.new_empty(2, anchors, dtype=dtype)
 
 
-nt_xent = define(
-    "nt_xent(Tensor z0, Tensor z1, Tensor? negatives, Tensor? temperature, "
-    "float temperature_value, bool normalize, str backend) -> (Tensor, Tensor)",
-    {"reference": reference.forward},
-    lambda z0, *rest: _anchor_shapes(z0),
+def _scale_shape(like: Tensor, scale: Tensor | None) -> Tensor:
+    return like.new_empty(()) if scale is None else scale.new_empty(())
+
+
+contrast = define(
+    "contrast(Tensor z0, Tensor? z1, Tensor? negatives, Tensor? classes, Tensor? share, "
+    f"{_SCALE}, {_OPTIONS}, bool normalize, str backend) -> (Tensor, Tensor)",
+    {name: each.forward for name, each in IMPLEMENTATIONS.items()},
+    lambda z0, z1, *rest: _anchor_shapes(z0, z1),
 )
-_nt_xent_backward = define(
-    "nt_xent_backward(Tensor grad, Tensor z0, Tensor z1, Tensor? negatives, Tensor? temperature, "
-    "Tensor lse, float temperature_value, bool normalize, str backend) "
+_contrast_backward = define(
+    "contrast_backward(Tensor grad, Tensor z0, Tensor? z1, Tensor? negatives, Tensor? classes, "
+    f"Tensor? share, {_SCALE}, Tensor lse, {_OPTIONS}, bool normalize, str backend) "
     "-> (Tensor, Tensor, Tensor)",
-    {"reference": reference.backward},
-    lambda grad, z0, z1, negatives, temperature, *rest: (
+    {name: each.backward for name, each in IMPLEMENTATIONS.items()},
+    lambda grad, z0, z1, negatives, classes, share, scale, *rest: (
         z0.new_empty(z0.shape),
-        z1.new_empty(z1.shape),
-        grad.new_empty(()) if temperature is None else temperature.new_empty(()),
+        z0.new_empty(0 if z1 is None else z1.shape),
+        _scale_shape(grad, scale),
     ),
 )
 block_lse = define(
-    "nt_xent_block_lse(Tensor rows, Tensor columns, Tensor? temperature, "
-    "float temperature_value, int? diagonal, str backend) -> Tensor",
-    {"reference": reference.block_lse},
+    f"contrast_block_lse(Tensor rows, Tensor columns, {_SCALE}, {_OPTIONS}, int? diagonal, "
+    "str backend) -> Tensor",
+    {name: each.block_lse for name, each in IMPLEMENTATIONS.items()},
     lambda rows, *rest: rows.new_empty(rows.shape[0]),
 )
 block_gradient = define(
-    "nt_xent_block_gradient(Tensor rows, Tensor row_lse, Tensor row_grad, Tensor columns, "
-    "Tensor? column_lse, Tensor? column_grad, Tensor? temperature, float temperature_value, "
-    "int? diagonal, str backend) -> (Tensor, Tensor)",
-    {"reference": reference.block_gradient},
+    "contrast_block_gradient(Tensor rows, Tensor row_lse, Tensor row_grad, Tensor columns, "
+    f"Tensor? column_lse, Tensor? column_grad, {_SCALE}, {_OPTIONS}, int? diagonal, str backend) "
+    "-> (Tensor, Tensor)",
+    {name: each.block_gradient for name, each in IMPLEMENTATIONS.items()},
     lambda rows, *rest: (rows.new_empty(rows.shape), rows.new_empty(())),
 )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, temperature_value, normalize, backend = inputs
+    *tensors, scale_value, candidates, normalize, backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, output[1])
-    ctx.options = (temperature_value, normalize, backend)
+    ctx.options = (scale_value, candidates, normalize, backend)
 
 
 def _gradient(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    dz0, dz1, dtemperature = _nt_xent_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return dz0, dz1, None, dtemperature if ctx.needs_input_grad[3] else None, None, None, None
+    dz0, dz1, dscale = _contrast_backward(grad, *ctx.saved_tensors, *ctx.options)
+    wanted = ctx.needs_input_grad
+    return dz0, dz1 if wanted[1] else None, *[None] * 3, dscale if wanted[5] else None, *[None] * 4
 
 
 def _block_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, temperature_value, diagonal, backend = inputs
+    *tensors, scale_value, candidates, diagonal, backend = inputs
     ctx.save_for_backward(*tensors, output)
-    ctx.options = (temperature_value, diagonal, backend)
+    ctx.options = (scale_value, candidates, diagonal, backend)
 
 
 def _block_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    rows, columns, temperature, lse = ctx.saved_tensors
-    drows, dtemperature = block_gradient(
-        rows, lse, grad, columns, None, None, temperature, *ctx.options
-    )
-    if temperature is not None:
-        dtemperature = dtemperature.to(temperature.dtype)
-    return drows, None, dtemperature if ctx.needs_input_grad[2] else None, None, None, None
+    rows, columns, scale, lse = ctx.saved_tensors
+    drows, dscale = block_gradient(rows, lse, grad, columns, None, None, scale, *ctx.options)
+    if scale is not None:
+        dscale = dscale.to(scale.dtype)
+    return drows, None, dscale if ctx.needs_input_grad[2] else None, *[None] * 4
 
 
-differentiate(nt_xent, _setup, _gradient)
+differentiate(contrast, _setup, _gradient)
 differentiate(block_lse, _block_setup, _block_gradient)
-for _operator in (_nt_xent_backward, block_gradient):
-    once_differentiable(_operator, "nt_xent")
+for _operator in (_contrast_backward, block_gradient):
+    once_differentiable(_operator, "a contrastive loss")
