@@ -1,10 +1,10 @@
 """Which Triton kernel computes which rows, in what tiles and by how many warps.
 
 By what compiles without spills, and into the shared memory that a program may have, for sm_80,
-sm_90 and sm_100, with and without a bias, a mask and causality, rows that fill their tiles and rows
-that do not. (One exception: on sm_100 the backward of 65 to 127 positions in halves, with all three,
-has 48 bytes of stack; two passes would cost more.) "sm_80" stands for all others; the
-99 KB of sm_86, sm_89 and sm_120 are enough for it.
+sm_90 and sm_100, with and without a bias, a mask and causality, for rows that fill their tiles and
+rows that do not. (One exception: on sm_100 the backward of 65 to 127 positions in halves, with all
+three, has 48 bytes of stack; two passes would cost more.) "sm_80" stands for all others; the 99 KB
+of sm_86, sm_89 and sm_120 are enough for it.
 """
 
 from __future__ import annotations
