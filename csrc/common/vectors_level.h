@@ -173,7 +173,7 @@ inline void transpose(Floats (&square)[kLanes]) {
 
 // Rows [length, width] to columns [features, stride], with zeros after a column's numbers.
 inline void transpose(const float* packed, int64_t width, int64_t length, int64_t features,
-               float* transposed, int64_t stride) {
+                      float* transposed, int64_t stride) {
   for (int64_t i = 0; i < length; i += kLanes) {
     for (int64_t d = 0; d < features; d += kLanes) {
       Floats square[kLanes];
