@@ -3,7 +3,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +11,8 @@ import missing
 import pytest
 import torch
 from emulation import Emulator
+
+from gcrl_kernels import backends
 
 missing.stand_in_for_hypothesis()
 from hypothesis import settings  # noqa: E402
@@ -73,3 +75,17 @@ def emulator(
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=backends.cpu_levels() or ["none"])
+def every_cpu_level(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each instruction set of this CPU; outputs hold NaN until they are written."""
+    reason = backends.unavailable("cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    torch.use_deterministic_algorithms(True)  # this fills new memory
+    try:
+        with backends.use_cpu_level(request.param):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)

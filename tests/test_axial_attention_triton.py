@@ -11,12 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from axial_attention_kernels import LAYOUTS, Attention
+from axial_attention_kernels import DTYPES, Kernels, Machine, check
 from comparison import assert_as_accurate
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from test_axial_attention import images, plain
-from test_axial_attention_cuda import Machine, check
 from torch import Tensor
 from triton_interpreter import interpreter
 
@@ -28,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 KERNELS = "gcrl_kernels.axial_attention.triton.launchers"
 OPERATORS = {"axial_attention": "forward", "axial_attention_backward": "backward"}
-FP32, FP16, BF16 = DTYPES = torch.float32, torch.float16, torch.bfloat16
+FP32, FP16, BF16 = DTYPES
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +38,10 @@ def machine() -> Iterator[Machine]:
     with interpreter() as call:
         operators = {name: partial(call, f"{KERNELS}:{of}") for name, of in OPERATORS.items()}
         yield Machine(SimpleNamespace(**operators), "cpu")
+
+
+class TestKernels(Kernels):
+    """In the interpreter, or on a GPU."""
 
 
 # Every kernel, rows that fill their tiles and rows that do not, every layout and dtype.
@@ -86,47 +87,6 @@ def test_as_accurate_as_pytorch(
     check(machine, inputs, dtype, layout, **options)
 
 
-def test_the_longest_row(machine) -> None:
-    check(machine, images(1024, batch=1, heads=1, features=16), BF16, "packed", axis=0)
-
-
-@given(
-    length=st.integers(1, 140),
-    features=st.integers(2, 16),
-    heads=st.integers(1, 4),
-    lines=st.integers(1, 3),
-    axis=st.integers(0, 1),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(sorted(LAYOUTS)),
-    causal=st.booleans(),
-    biased=st.booleans(),
-    masked=st.booleans(),
-    scale=st.sampled_from([None, 0.3, -0.5]),
-)
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_any_row(
-    machine, length, features, heads, lines, axis, dtype, layout, causal, biased, masked, scale
-) -> None:
-    grid = (length, lines) if axis == 0 else (lines, length)
-    inputs = images(*grid, batch=1, heads=heads, features=8 * features)
-    if biased:
-        inputs.append(torch.randn(heads, length, length))
-    options: dict[str, Any] = {"axis": axis, "causal": causal, "scale": scale}
-    if masked:
-        options["mask"] = torch.rand(1, *grid) > 0.4
-    check(machine, inputs, dtype, layout, **options)
-
-
-@pytest.mark.parametrize("length", [9, 40, 70, 140])
-def test_the_gradient_of_a_bias_is_the_sum_over_many_lines(machine, length) -> None:
-    """More lines than partial sums."""
-    inputs = images(length, 5, batch=3, heads=2, features=16)
-    inputs.append(torch.randn(2, length, length))
-    check(machine, inputs, FP32, "contiguous", axis=0, causal=True)
-
-
 def test_packed_operator(machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels write into slices of the packed gradient."""
     kernels = importlib.import_module(KERNELS)
@@ -144,92 +104,6 @@ def test_packed_operator(machine, monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(*qkv.unbind(3), bias, axis=1, causal=True, scale=0.25)
 
     assert_as_accurate(ours, unpacked, [torch.stack([q, k, v], 3), bias], FP16)
-
-
-@pytest.mark.parametrize("length", [32, 100, 140])
-def test_repeats_bit_for_bit(machine, length) -> None:
-    inputs = [t.bfloat16() for t in images(length, 3, batch=1, heads=2, features=24)]
-    inputs.append(torch.randn(2, length, length))
-    ours = Attention(*machine, axis=0, causal=True)
-    results = []
-    for _ in range(2):
-        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-        out = ours(*leaves)
-        results.append([out, ours.lse, *torch.autograd.grad(out.float().square().sum(), leaves)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [6, 140])
-def test_scores_out_of_range_give_what_softmax_gives(machine, dtype, length) -> None:
-    q, k, v = images(length, batch=1, heads=1, features=16)
-    q[0, 2], q[0, 3] = torch.inf, torch.nan
-    out = Attention(*machine, axis=0)(*(tensor.to(dtype) for tensor in (q, k, v)))
-    expected = plain(*(tensor.to(dtype).float() for tensor in (q, k, v)), axis=0)
-    assert torch.equal(out.isnan(), expected.isnan())
-    known = ~expected.isnan()
-    tolerance = 4 * torch.finfo(dtype).eps
-    assert ((out.float() - expected)[known].abs() <= tolerance * expected[known].abs().max()).all()
-
-
-@pytest.mark.parametrize("length", [6, 140])
-def test_a_key_that_is_left_out_may_hold_nan(machine, length) -> None:
-    q, k, v = images(length, batch=1, heads=1, features=16)
-    mask = torch.ones(1, length, dtype=torch.bool)
-    mask[0, 3] = False
-    expected = plain(q, k, v, axis=0, mask=mask)
-    k[0, 3] = torch.nan
-    out = Attention(*machine, axis=0, mask=mask)(q, k, v)
-    torch.testing.assert_close(out, expected)
-
-
-@pytest.mark.parametrize("apart", [(2**31, 64), (64, 2**29)], ids=["lines", "positions"])
-def test_offsets_beyond_32_bits(machine, apart) -> None:
-    """Lines, or positions, so far apart, in memory of which little is touched."""
-    batch, length, heads, features = 2, 6, 2, 32
-    size = max(apart[0] * batch, apart[1] * length) + 4096
-    try:
-        if machine.device == "cpu":
-            storage = torch.UntypedStorage._new_shared(2 * size)
-            memory = torch.empty(0, dtype=BF16).set_(storage, 0, (size,))
-        else:
-            memory = torch.empty(size, dtype=BF16, device=machine.device)
-    except RuntimeError as error:
-        pytest.skip(f"no memory for it: {error}")
-    place = (batch, length, heads, features), (*apart, features, 1)
-    if apart[0] < apart[1]:
-        place = (1, length, heads, features), (0, apart[1], features, 1)
-
-    def far(number: int, tensor: Tensor) -> Tensor:
-        return memory.as_strided(*place, number * 512).copy_(tensor)
-
-    near = [t.to(BF16) for t in images(length, batch=place[0][0], heads=heads, features=features)]
-    near = [tensor.to(machine.device) for tensor in near]
-    grad = torch.ones_like(near[0])
-    options = (None, None, 0, False, features**-0.5)
-    results = []
-    for view in (lambda number, tensor: tensor, far):
-        out, lse = torch.empty_like(grad), torch.empty(grad.shape[:-1], device=machine.device)
-        q, k, v = (view(number, tensor) for number, tensor in enumerate(near))
-        machine.library.axial_attention(q, k, v, *options, out, lse)
-        gradients = [view(n, torch.full_like(grad, torch.nan)) for n in (4, 5, 6)]
-        machine.library.axial_attention_backward(
-            view(3, grad), q, k, v, out, lse, *options, *gradients, None
-        )
-        results.append([out, lse, *(gradient.clone() for gradient in gradients)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("shape", [(2, 0, 3, 16), (0, 5, 3, 16), (2, 5, 0, 16)])
-def test_nothing_to_do(machine, shape) -> None:
-    q = torch.empty(shape, device=machine.device)
-    lse = torch.empty(shape[:-1], device=machine.device)
-    bias = torch.ones(shape[2], shape[1], shape[1], device=machine.device)
-    dbias = torch.full_like(bias, torch.nan)
-    options = (bias, None, 0, False, 1.0)
-    machine.library.axial_attention(q, q, q, *options, q, lse)
-    machine.library.axial_attention_backward(q, q, q, q, q, lse, *options, q, q, q, dbias)
-    assert (dbias == 0).all()
 
 
 def test_partial_sums_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from comparison import assert_as_accurate
@@ -17,18 +15,7 @@ from gcrl_kernels import backends, color_cross_entropy, linear_color_cross_entro
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(params=backends.cpu_levels() or ["none"], autouse=True)
-def _level(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each instruction set of this CPU; outputs hold NaN until they are written."""
-    reason = backends.unavailable("cpu")
-    if reason is not None:
-        pytest.skip(reason)
-    torch.use_deterministic_algorithms(True)  # this fills new memory
-    try:
-        with backends.use_cpu_level(request.param):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("every_cpu_level")
 
 
 def scene(positions: int, colors: int) -> tuple[Tensor, Tensor, Tensor]:

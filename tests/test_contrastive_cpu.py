@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,18 +22,7 @@ from gcrl_kernels.contrastive.reference import NEGATIVES, OTHERS
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(params=backends.cpu_levels() or ["none"], autouse=True)
-def _level(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each instruction set of this CPU; outputs hold NaN until they are written."""
-    reason = backends.unavailable("cpu")
-    if reason is not None:
-        pytest.skip(reason)
-    torch.use_deterministic_algorithms(True)  # this fills new memory
-    try:
-        with backends.use_cpu_level(request.param):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("every_cpu_level")
 
 
 def pair(count: int, features: int, scale: float = 1.0) -> list[Tensor]:
