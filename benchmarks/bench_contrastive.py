@@ -86,7 +86,7 @@ class NTXent(Case):
         return scores
 
     def work(self, way: str) -> Work:
-        """The similarities' upper triangle in either pass; in backward the square's product."""
+        """The similarities' upper triangle in either pass; backward, a product of the square."""
         anchors = 2 * self.images
         size = anchors * self.width * self.dtype.itemsize
         square = 2 * anchors**2 * self.width  # one n x n x D product
