@@ -422,3 +422,21 @@ def test_compiled_training_computes_the_same(
     for p, q in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
+
+
+def test_the_kernels_train_as_the_reference_does(tmp_path: Path) -> None:
+    """The default preset's first 20 losses, of the best kernels here and of plain PyTorch."""
+    losses = []
+    for backend in (None, "reference"):
+        values = Config().to_dict()
+        values["optim"]["steps"] = 20
+        values["evaluation"]["evaluate"] = False
+        values["runtime"] |= {"backend": backend, "device": "cpu", "precision": "float32"}
+        values["runtime"]["log_every"] = 1
+        folder = tmp_path / str(backend)
+        train(Config.from_dict(values), folder, progress=False)
+        losses.append([record["loss"] for record in records(folder)])
+    ours, plain = losses
+    assert len(ours) == len(plain) == 20
+    assert ours != plain  # it is other code
+    assert ours == pytest.approx(plain, rel=1e-4)
