@@ -261,7 +261,7 @@ def test_finetuning_lowers_the_loss_of_the_labels_and_leaves_the_run_alone(run: 
         assert np.mean(classifier.classes[logits.argmax(1)] == dataset.test.labels) > 0.8
     assert torch.equal(run.log_prob(dataset.test.images), before)
     nats = [-c.run.log_prob(dataset.test.images).mean() for c in (alone, kept)]
-    assert nats[1] < min(nats[0], -before.mean())
+    assert nats[1] < 0.5 * min(nats[0], -before.mean())  # forgetting alone changes it less
 
 
 def test_finetuned_networks_are_kept(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,19 +67,19 @@ class Evaluate:
     """Measure anew what is there already."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
-    options: Options = field(default_factory=Options)
+    measurement: Options = field(default_factory=Options)
 
     def __call__(self) -> None:
         from gcrl.data import load_dataset
         from gcrl.evaluation.subject import Subject
         from gcrl.evaluation.suite import choose_parts, run_parts, table
 
-        self.options.validate()
+        self.measurement.validate()
         choose_parts(self.parts)
         run = _load(self.run, self.device)
         dataset = load_dataset(self.data or run.config.data.data, run.config.model.grid)
         name = f"evaluation-{dataset.name}" if self.data else "evaluation"
-        subject = Subject(run, dataset, self.out or self.run / name, self.options)
+        subject = Subject(run, dataset, self.out or self.run / name, self.measurement)
         results = run_parts(subject, self.parts, again=self.again)
         print("\n".join(table(part, measured) for part, measured in results.items()), end="")
 
@@ -93,10 +93,10 @@ Evaluate.__doc__ = (Evaluate.__doc__ or "").format(
 class Study:
     """Compare the hybrid with its parts: four trainings from the same start and data order.
 
-    The hybrid; contrastive alone on its pairs (alpha 0); contrastive alone on two strong views
-    (SimCLR); generative alone (beta 0). Beside them the untrained network and the same network
-    trained with labels. The settings are the hybrid's, as for `gcrl train`. Stopped, the same
-    command goes on. It leaves study.md, study.png and study.json.
+    They are the hybrid; contrastive alone on its pairs (alpha 0); contrastive alone on two strong
+    views, which is SimCLR; generative alone (beta 0). Beside them stand the untrained network and
+    the same network trained with labels. The settings are the hybrid's, as for `gcrl train`.
+    Stopped, the same command goes on. It leaves study.md, study.png and study.json.
     """
 
     settings: Annotated[Config, tyro.conf.arg(name="")]

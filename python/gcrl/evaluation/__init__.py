@@ -20,7 +20,7 @@ PARTS = {
     "finetuning": "the whole network trained with labels, its generative loss kept or not",
     "likelihood": "nats and bits per pixel of each test image, the most and the least likely",
     "samples": "images drawn and completed; with --inception their Fréchet distance",
-    "ood": "telling the images of --ood from the test images, by nine scores or more",
+    "ood": "telling the images of --ood from the test images, by likelihood, encoding and probe",
     "calibration": "how far the confidence of the classifiers can be trusted",
     "corruption": "accuracy on corrupted test images, at five severities",
 }

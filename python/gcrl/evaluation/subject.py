@@ -12,7 +12,7 @@ from gcrl.data import Dataset, ImageSet
 from gcrl.data.dataset import draw_held_out
 from gcrl.evaluation.features import Features
 from gcrl.evaluation.options import Options
-from gcrl.evaluation.store import Store
+from gcrl.evaluation.store import Store, array_digest, digest
 from gcrl.run import Run
 
 HELD_OUT = 5000  # training images to choose on; a tenth where there are fewer than 50,000
@@ -48,6 +48,13 @@ class Subject:
         """Test images, chosen by the run's seed."""
         limit = self.options.test_images or self.run.config.evaluation.probe_test
         return self.dataset.test.draw(limit, self.seed)
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """A hash of the images and labels."""
+        sets = (self.train, self.test)
+        arrays = [array_digest(array) for part in sets for array in (part.images, part.labels)]
+        return digest(*arrays).encode()
 
     @cached_property
     def store(self) -> Store:

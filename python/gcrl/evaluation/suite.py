@@ -13,7 +13,7 @@ from typing import Any
 from gcrl.checkpoint import replace_file
 from gcrl.config import ConfigError
 from gcrl.evaluation import PARTS
-from gcrl.evaluation.store import FORMAT, array_digest, digest
+from gcrl.evaluation.store import FORMAT, digest
 from gcrl.evaluation.subject import NotMeasuredError, Subject
 from gcrl.figures import save
 
@@ -111,10 +111,8 @@ def _write_json(subject: Subject, name: str, content: dict[str, Any]) -> None:
 def _key(subject: Subject, name: str) -> str:
     """A hash of everything that a part's results follow from."""
     inputs = {"format": FORMAT, "seed": subject.seed, **_part(name).inputs(subject)}
-    sets = (subject.train, subject.test)
-    arrays = [array_digest(array) for part in sets for array in (part.images, part.labels)]
     text = json.dumps(inputs, sort_keys=True).encode()
-    return digest(name.encode(), subject.features.fingerprint, text, *arrays)
+    return digest(name.encode(), text, subject.features.fingerprint, subject.fingerprint)
 
 
 def _part(name: str) -> ModuleType:
