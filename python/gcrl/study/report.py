@@ -40,7 +40,7 @@ def table(results: dict[str, Any]) -> str:
         "network", "probe accuracy", "k-NN", "bits per pixel",
         *(f"AUROC {name}, {SCORE}" for name in sets),
         *(f"AUROC {name}, {MAHALANOBIS}" for name in sets),
-        "PFLOP", "minutes",
+        "TFLOP", "minutes",
     ]  # fmt: skip
     lines = [
         f"{results['dataset']}: {images:,} images seen by every trained network, "
@@ -133,8 +133,10 @@ def _cells(results: dict[str, Any], variant: str) -> Iterator[str | None]:
     for score in (SCORE, MAHALANOBIS):
         for name in results["sets"]:
             yield _percent(_values(results, variant, partial(_auroc, name=name, score=score)))
-    yield _spread(_values(results, variant, lambda found: found["training_flops"] / 1e15), "{:.3g}")
-    yield _spread(_values(results, variant, lambda found: (found["seconds"] or 0) / 60), "{:.1f}")
+    flops = _values(results, variant, lambda found: found["training_flops"])[:1]
+    yield _spread([count / 1e12 for count in flops], "{:,.3g}")
+    seconds = _values(results, variant, lambda found: found["seconds"])
+    yield _spread([value / 60 for value in seconds], "{:.1f}")
 
 
 def _auroc(found: dict[str, Any], name: str, score: str) -> float | None:
