@@ -42,7 +42,9 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[Config, P
     return calls[0]
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["sample"], ["palette"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["evaluate"], ["study"], ["sample"], ["palette"]]
+)
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main([*command, "--help"])
@@ -94,9 +96,16 @@ def test_a_run_is_trained_and_evaluated(run: Path, capsys: pytest.CaptureFixture
         assert (run / name).stat().st_size > 0
     results = json.loads((run / "results.json").read_text())
     capsys.readouterr()
-    assert main(["evaluate", str(run), "--device", "cpu"]) == 0
-    assert "linear probe" in capsys.readouterr().out
-    assert json.loads((run / "results.json").read_text()) == results
+    words = ["evaluate", str(run), "--device", "cpu", "--parts", "summary", "likelihood"]
+    assert main(words) == 0
+    measured = capsys.readouterr()
+    assert "linear probe" in measured.out
+    assert "summary (1 of 2)" in measured.err
+    assert json.loads((run / "evaluation" / "results.json").read_text())["summary"] == results
+    assert main(words) == 0
+    again = capsys.readouterr()
+    assert again.out == measured.out
+    assert again.err.count("kept from before") == 2
     assert main(["train", "--resume", "--out", str(run)]) == 0  # evaluates again
     assert "linear probe" in capsys.readouterr().out
 
@@ -118,7 +127,7 @@ def test_a_run_on_files_serves_from_every_folder(
     assert config.data.data == str(there / "noise.npz")
     assert config.data.palette == str(there / "colors.npy")
     monkeypatch.chdir(elsewhere)
-    assert main(["evaluate", "../there/run", "--device=cpu"]) == 0
+    assert main(["evaluate", "../there/run", "--device=cpu", "--parts", "likelihood"]) == 0
     assert main(["train", "--config=../there/run/config.json", "--out=again"]) == 0
     words[-2:] = ["--data=../there/noise.npz", "--palette=../there/colors.npy"]
     assert main([*words, "--out=../there/run", "--resume"]) == 0
@@ -130,7 +139,7 @@ def test_evaluate_on_other_images(
     before = (run / "results.json").read_text()
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "noise.npz", images=images)
-    words = ["evaluate", str(run), "--data", str(tmp_path / "noise.npz")]
+    words = ["evaluate", str(run), "--data", str(tmp_path / "noise.npz"), "--parts", "likelihood"]
     assert main([*words, "--out", str(tmp_path / "results")]) == 0
     assert "nats per pixel" in capsys.readouterr().out
     assert (tmp_path / "results" / "results.json").exists()
@@ -172,6 +181,10 @@ def test_palette(tmp_path: Path) -> None:
         ("train --backend triton --device cpu", "backend 'triton' cannot run"),
         ("train --device cuda:99", "device: 'cuda:99' was asked for"),
         ("evaluate none", "none is not the folder of a run"),
+        ("evaluate none --parts flying", "parts: expected some of summary, classification"),
+        ("evaluate none --ood nowhere", "nowhere: no such file or folder"),
+        ("evaluate none --draws 0", "draws: expected at least 1, got 0"),
+        ("evaluate none --finetuning-rate 0", "finetuning_rate: expected a number above 0"),
         ("sample none", "none is not the folder of a run"),
         ("sample none --count 0", "count: expected more than 0, got 0"),
         ("palette none --out p.npy", "none: no such file or folder"),

@@ -1,10 +1,8 @@
-"""What an evaluation measures, checked on cases whose answer is known."""
+"""An evaluation as a whole: its parts, what it keeps, and what it never reads again."""
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +11,18 @@ import pytest
 import tiny_run
 import torch
 
-from gcrl import probes
+from gcrl.config import ConfigError
 from gcrl.data import Dataset, ImageSet
-from gcrl.evaluation import contrastive, evaluate, likelihood, table, write_results
-from gcrl.palette import to_tokens
+from gcrl.data.dataset import draw_held_out
+from gcrl.evaluation import PARTS, likelihood, suite
+from gcrl.evaluation.options import Options
+from gcrl.evaluation.store import Store
+from gcrl.evaluation.subject import Subject
+from gcrl.evaluation.suite import StoppedError, run_parts
+from gcrl.probes import NotFiniteError
 from gcrl.run import Run
-from gcrl.views import make_views
+
+OPTIONS = Options(labels_per_class=(2, 400), draws=2, finetuning_steps=2, corruption_images=4)
 
 
 @pytest.fixture(scope="module")
@@ -26,279 +30,226 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return tiny_run.tiny_run(tmp_path_factory.mktemp("run"))
 
 
-def clusters(count: int, seed: int, spread: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
-    """Four classes at the corners of a square, in 6 dimensions of very unequal scale."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 4, count)
-    features = spread * rng.standard_normal((count, 6))
-    features[:, 0] += labels % 2
-    features[:, 1] += labels // 2
-    return (features * [1, 1e-3, 1, 1, 1, 1e3]).astype(np.float32), labels
+def subject_of(run: Run, folder: Path, dataset: Dataset | None = None, **options) -> Subject:
+    chosen = replace(OPTIONS, **options)
+    return Subject(run, dataset or tiny_run.color_classes(), folder, chosen, progress=False)
 
 
-def test_a_linear_probe_reads_separable_features() -> None:
-    probe = probes.linear_probe(*clusters(200, 0), *clusters(100, 1))
-    assert probe.accuracy == 1.0
-    assert probe.calibration_error < 0.1
+def test_every_part_leaves_numbers_a_table_and_pictures(run: Run, tmp_path: Path) -> None:
+    other = tmp_path / "noise.npz"
+    np.savez(other, images=tiny_run.noise_images(12))
+    folder = tmp_path / "results"
+    results = run_parts(subject_of(run, folder, ood=(str(other),)))
+    assert list(results) == list(PARTS)
+    assert json.loads((folder / "results.json").read_text()) == results
+    text = (folder / "results.md").read_text()
+    for name in PARTS:
+        assert "not_measured" not in results[name]
+        assert f"## {name}\n" in text
+        assert (folder / f"{name}.md").read_text() in text
+        assert name == "summary" or list(folder.glob(f"{name}*.png")) or name == "samples"
+        for line in (folder / f"{name}.md").read_text().splitlines():
+            assert "nan" not in line
+    assert (folder / "completions.png").stat().st_size > 0
+    supervised = results["ood"]["supervised"]  # the probe and both ways of finetuning
+    assert [name.split(":")[0] for name in supervised[::2]] == [
+        "probe", "finetuned, labels alone", "finetuned, generative loss kept",
+    ]  # fmt: skip
+    assert len(results["calibration"]["classifiers"]) == 3
 
 
-def test_random_labels_give_chance() -> None:
-    train, test = clusters(400, 0)[0], clusters(1000, 1)[0]
-    rng = np.random.default_rng(2)
-    train_labels, test_labels = rng.integers(0, 4, 400), rng.integers(0, 4, 1000)
-    probe = probes.linear_probe(train, train_labels, test, test_labels)
-    assert abs(probe.accuracy - 0.25) < 0.06  # 4 standard errors
-    neighbors = probes.nearest_neighbors(train, train_labels, test, test_labels, 5)
-    assert abs(neighbors - 0.25) < 0.06
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of likelihood.measure."""
+    calls: list[str] = []
+    measure = likelihood.measure
+
+    def counting(subject: Subject) -> dict:
+        calls.append("likelihood")
+        return measure(subject)
+
+    monkeypatch.setattr(likelihood, "measure", counting)
+    return calls
 
 
-def noisy(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two classes that differ a little in some of 300 dimensions."""
-    labels = np.arange(200) % 2
-    features = np.random.default_rng(seed).standard_normal((200, 300))
-    features[:, :20] += 0.4 * labels[:, None]
-    return features, labels
-
-
-def clean(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    labels = np.arange(200) % 2
-    noise = 0.01 * np.random.default_rng(seed).standard_normal((200, 300))
-    return labels[:, None] + noise, labels
-
-
-def test_noisy_features_get_a_strongly_regularised_probe() -> None:
-    assert probes.linear_probe(*noisy(0), *noisy(1)).strength <= 0.01
-    assert probes.linear_probe(*clean(0), *clean(1)).strength == 1.0
-
-
-def test_the_test_images_have_no_say_in_the_probes_strength() -> None:
-    assert probes.linear_probe(*noisy(0), *clean(1)).strength <= 0.01
-    assert probes.linear_probe(*clean(0), *noisy(1)).strength == 1.0
-
-
-def test_a_fifth_of_every_class_is_held_out() -> None:
-    labels = np.repeat([0, 1, 2], [50, 25, 5])
-    held = probes._held_out(labels, seed=0)
-    assert [int(held[labels == label].sum()) for label in range(3)] == [10, 5, 1]
-    assert not np.array_equal(held, probes._held_out(labels, seed=1))
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_probe_of_few_samples(count: int) -> None:
-    features, labels = clean(0)
-    probe = probes.linear_probe(features[:count], labels[:count], *clean(1))
-    assert probe.accuracy == 1.0
-    assert probe.strength == probes.STRENGTHS[0]
-
-
-def test_a_class_that_the_probe_never_saw_counts_as_wrong() -> None:
-    features, labels = clusters(200, 0)
-    test, test_labels = clusters(100, 1)
-    unseen = np.where(test_labels == 0, 7, test_labels)
-    probe = probes.linear_probe(features, labels, test, unseen)
-    assert probe.accuracy == np.mean(test_labels != 0)
-    assert probe.calibration_error == pytest.approx(np.mean(test_labels == 0), abs=0.1)
-
-
-def test_calibration_error_by_hand() -> None:
-    confidence = np.array([0.8] * 5 + [0.55] * 5)
-    correct = np.array([1, 1, 1, 0, 0, 1, 1, 1, 1, 1], dtype=bool)
-    # |0.8 - 0.6| and |0.55 - 1|, each for half of the images
-    error = probes._calibration_error(confidence, correct)
-    assert error == pytest.approx((0.2 + 0.45) / 2, abs=1e-6)
-
-
-def test_nearest_neighbours_by_hand() -> None:
-    # mean 0 and equal deviations: standardising changes no angle
-    train = np.array([[1, 0], [-1, 0], [0, 1], [0, -1], [5, 5], [-5, -5]], dtype=np.float32)
-    labels = np.array([0, 1, 2, 3, 4, 5])
-    test = np.array([[6.0, 2.0], [-0.1, -9.0]])
-    # by angle the first is next to (1, 0), by distance to (5, 5)
-    assert probes.nearest_neighbors(train, labels, test, np.array([0, 3]), 1) == 1.0
-    assert probes.nearest_neighbors(train, labels, test, np.array([4, 3]), 1) == 0.5
-    votes = np.array([0, 1, 1, 0, 1, 0])  # of the nearest three, (1,0), (5,5), (0,1): 0, 1, 1
-    assert probes.nearest_neighbors(train, votes, test[:1], np.array([1]), 3) == 1.0
-    assert probes.nearest_neighbors(train, votes, test[:1], np.array([1]), 1) == 0.0
-
-
-@pytest.mark.parametrize("neighbors", [0, 7])
-def test_more_neighbours_than_images_are_refused(neighbors: int) -> None:
-    train, labels = clusters(6, 0)
-    with pytest.raises(ValueError, match=f"neighbors: expected 1 to 6, got {neighbors}"):
-        probes.nearest_neighbors(train, labels, train, labels, neighbors)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("part", [0, 2])
-def test_features_that_are_not_finite_are_refused(value: float, part: int) -> None:
-    sets = [*clusters(50, 0), *clusters(20, 1)]
-    sets[part][3, 2] = value
-    message = f"features: 1 of {len(sets[part])} images have NaN"
-    with pytest.raises(ValueError, match=message):
-        probes.linear_probe(*sets)
-    with pytest.raises(ValueError, match=message):
-        probes.nearest_neighbors(*sets, 5)
-
-
-def test_likelihood_in_all_its_units(run: Run) -> None:
-    images = tiny_run.noise_images(9)
-    result = likelihood(run, images)
-    assert result["nats_per_image"] == pytest.approx(-run.log_prob(images).mean().item(), rel=1e-6)
-    assert result["nats_per_pixel"] == pytest.approx(result["nats_per_image"] / 16)
-    assert result["bits_per_pixel"] == pytest.approx(result["nats_per_pixel"] / math.log(2))
-    assert result["uniform_nats_per_pixel"] == pytest.approx(math.log(8))
-
-
-def test_a_model_that_knows_nothing_needs_ln_k_nats(run: Run) -> None:
-    blank = replace(run, model=run.untrained().model)
-    torch.nn.init.zeros_(blank.model.head.weight)
-    result = likelihood(blank, tiny_run.noise_images(9))
-    assert result["nats_per_pixel"] == pytest.approx(math.log(8), rel=1e-5)
-
-
-@pytest.mark.parametrize(("count", "pairs"), [(11, 4), (3, 3)])
-def test_the_contrastive_loss_is_that_of_batches_of_views(run: Run, count: int, pairs: int) -> None:
-    images = tiny_run.noise_images(count)
-    torch.manual_seed(99)  # which makes no difference
-    before = torch.get_rng_state()
-    result = contrastive(run, images)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert result == contrastive(run, images)
-    assert result["pairs"] == pairs
-    assert result["chance"] == pytest.approx(math.log(2 * pairs - 1))
-
-    losses = []
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(run.config.runtime.seed)
-        for start in range(0, count - pairs + 1, pairs):
-            batch = torch.from_numpy(images[start : start + pairs])
-            views = make_views(batch, run.config.views)
-            tokens = torch.cat([to_tokens(view, run.palette) for view in views])
-            z = run.model.project(run.model.features(tokens))
-            s = torch.cosine_similarity(z[:, None], z[None], dim=-1) / 0.2  # the temperature
-            s.fill_diagonal_(-torch.inf)
-            partner = torch.arange(2 * pairs).roll(pairs)
-            losses.append(torch.nn.functional.cross_entropy(s, partner).item())
-    assert result["nt_xent"] == pytest.approx(np.mean(losses), rel=1e-4)
-
-
-def test_outputs_that_are_not_finite_stop_the_evaluation(run: Run) -> None:
-    broken = replace(run, model=run.untrained().model)
-    torch.nn.init.constant_(broken.model.head.bias, math.nan)
-    with pytest.raises(ValueError, match="log-probability on test images is nan"):
-        evaluate(broken, tiny_run.color_classes(), progress=False)
-
-
-@pytest.fixture(scope="module")
-def results(run: Run) -> dict:
-    return evaluate(run, tiny_run.color_classes(), progress=False)
-
-
-def test_an_evaluation_compares_encoding_untrained_network_and_raw_pixels(results: dict) -> None:
-    assert results["notes"] == []
-    assert (results["step"], results["seed"]) == (30, 0)
-    assert (results["test_images"], results["train_images"]) == (20, 40)  # of 60 and 60
-    assert set(results["accuracy"]) == {"run", "untrained", "raw_pixels"}
-    assert results["accuracy"]["raw_pixels"]["linear_probe"] == 1.0
-    assert results["accuracy"]["raw_pixels"]["knn"] == 1.0
-    for measured in results["accuracy"].values():
-        assert 0.5 < measured["linear_probe"] <= 1  # the colour shows in every feature
-        assert measured["neighbors"] == 3
-
-
-def test_the_same_images_are_chosen_for_all_and_by_the_seed(
-    run: Run, results: dict, monkeypatch: pytest.MonkeyPatch
+def test_a_part_that_is_done_is_kept_until_asked_again(
+    run: Run, tmp_path: Path, counted: list[str]
 ) -> None:
-    read = []
-
-    def remember(train, train_labels, test, test_labels, **_):
-        read.append((len(train), train_labels.tolist(), len(test), test_labels.tolist()))
-        return probes.Probe(0.0, 0.0, 1.0)
-
-    monkeypatch.setattr("gcrl.evaluation.linear_probe", remember)
-    evaluate(run, tiny_run.color_classes(), progress=False)
-    assert len(read) == 3
-    assert read[0] == read[1] == read[2]
-    evaluate(
-        replace(run, config=tiny_run.with_settings("runtime", seed=5)),
-        tiny_run.color_classes(),
-        progress=False,
-    )
-    assert read[3] != read[0]
+    subject = subject_of(run, tmp_path)
+    first = run_parts(subject, ["likelihood"])
+    assert run_parts(subject, ["likelihood"]) == first
+    assert run_parts(subject_of(run, tmp_path, draws=3), ["likelihood"]) == first  # not its option
+    assert len(counted) == 1
+    assert run_parts(subject, ["likelihood"], again=True) == first
+    assert len(counted) == 2
+    (tmp_path / "likelihood.json").write_text("{")  # cut short
+    assert run_parts(subject, ["likelihood"]) == first
+    assert len(counted) == 3
 
 
-def test_an_evaluation_repeats(run: Run, results: dict) -> None:
-    assert evaluate(run, tiny_run.color_classes(), progress=False) == results
-
-
-@pytest.mark.parametrize("where", ["train", "test"])
-def test_without_labels_only_the_losses_are_measured(run: Run, where: str) -> None:
+def test_another_network_or_other_images_are_measured_anew(
+    run: Run, tmp_path: Path, counted: list[str]
+) -> None:
+    first = run_parts(subject_of(run, tmp_path), ["likelihood"])
+    other = replace(run, model=run.untrained().model)
+    assert run_parts(subject_of(other, tmp_path), ["likelihood"]) != first
     dataset = tiny_run.color_classes()
-    bare = ImageSet(getattr(dataset, where).images, None)
-    results = evaluate(run, replace(dataset, **{where: bare}), progress=False)
-    assert results["notes"] == ["No linear probe and no k-NN: the images have no labels."]
-    assert "accuracy" not in results
-    assert "no labels" in table(results)
-    assert "nats per pixel" in table(results)
+    changed = replace(dataset, test=ImageSet(255 - dataset.test.images, dataset.test.labels))
+    assert run_parts(subject_of(run, tmp_path, changed), ["likelihood"]) != first
+    assert run_parts(subject_of(run, tmp_path), ["likelihood"]) == first
+    assert len(counted) == 4
 
 
-def test_one_class_is_no_classification(run: Run) -> None:
-    dataset = tiny_run.color_classes()
-    same = ImageSet(dataset.train.images, np.zeros(60, dtype=np.int64))
-    results = evaluate(run, Dataset("one", same, same, None), progress=False)
-    assert results["notes"] == [
-        "No linear probe and no k-NN: all training images are of one class."
-    ]
+def test_what_was_finished_before_an_interruption_is_kept(
+    run: Run, tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("gcrl.evaluation.calibration.measure", interrupt)
+        with pytest.raises(StoppedError, match="interrupted in calibration; what is done is kept"):
+            run_parts(subject_of(run, tmp_path), ["calibration", "likelihood"])
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"likelihood"}
+    results = run_parts(subject_of(run, tmp_path), ["calibration", "likelihood"])
+    assert list(results) == ["likelihood", "calibration"]
+    assert len(counted) == 1
 
 
-def test_too_few_images_for_the_neighbours(run: Run) -> None:
-    config = tiny_run.with_settings("evaluation", neighbors=41)
-    results = evaluate(replace(run, config=config), tiny_run.color_classes(), progress=False)
-    assert results["notes"] == ["No k-NN: 41 neighbours, but 40 training images."]
-    assert "knn" not in results["accuracy"]["run"]
-    assert "k-NN," not in table(results)
+def test_parts_that_are_none_are_refused(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"parts: expected some of summary, .*; got 'flying'"):
+        run_parts(subject_of(run, tmp_path), ["flying"])
 
 
 @pytest.mark.parametrize(
-    ("settings", "note"),
-    [
-        ({"alpha": 0.0}, "alpha is 0: the decoder was not trained"),
-        ({"beta": 0.0}, "beta is 0: the projection was not trained"),
-        ({"score_first_pixel": False}, "The first pixel was not trained"),
-    ],
+    ("labels", "reason"),
+    [(None, "the images have no labels"), (np.zeros(60, int), "training images are of one class")],
 )
-def test_losses_that_were_not_trained_are_marked(run: Run, settings: dict, note: str) -> None:
-    config = tiny_run.with_settings("objective", **settings)
-    dataset = tiny_run.color_classes(12, labelled=False)
-    notes = evaluate(replace(run, config=config), dataset, progress=False)["notes"]
-    assert notes[0].startswith(note)
-
-
-def test_without_two_views_there_is_no_contrast(run: Run) -> None:
-    views = {"weak_shift": 0, "crop_scale": (1.0, 1.0), "color_jitter": 0.0, "grayscale": 0.0}
-    config = tiny_run.with_settings("views", **views)
-    dataset = tiny_run.color_classes(12, labelled=False)
-    results = evaluate(replace(run, config=config), dataset, progress=False)
-    assert results["notes"][0] == "No NT-Xent: both views of an image are always the same."
-    assert "contrastive" not in results
-    assert "NT-Xent," not in table(results)
-    assert "nats per pixel" in table(results)
-
-
-def test_results_are_written_as_json_and_as_a_table(tmp_path: Path, results: dict) -> None:
-    results = copy.deepcopy(results)
-    for source, value in (("run", 0.875), ("untrained", 0.25), ("raw_pixels", 0.5)):
-        results["accuracy"][source]["linear_probe"] = value
-    write_results(tmp_path, results)
-    assert json.loads((tmp_path / "results.json").read_text()) == results
-    lines = (tmp_path / "results.md").read_text().splitlines()
-    assert lines[0] == (
-        "colour classes, step 30, seed 0: 20 test images, 40 labelled training images."
+@pytest.mark.parametrize("part", ["classification", "finetuning", "calibration", "corruption"])
+def test_what_takes_labels_says_so(
+    run: Run, tmp_path: Path, part: str, labels: np.ndarray | None, reason: str
+) -> None:
+    images = ImageSet(tiny_run.color_classes().train.images, labels)
+    subject = subject_of(run, tmp_path, Dataset("bare", images, images, None))
+    results = run_parts(subject, [part])
+    assert reason in results[part]["not_measured"]
+    assert (
+        f"Not measured: {results[part]['not_measured']}." in (tmp_path / f"{part}.md").read_text()
     )
-    probe = next(line for line in lines if line.startswith("| linear probe, accuracy"))
-    assert probe == "| linear probe, accuracy | 87.5% | 25.0% | 50.0% |"
-    bits = next(line for line in lines if line.startswith("| bits per pixel"))
-    assert bits == f"| bits per pixel | {results['likelihood']['bits_per_pixel']:.3f} | 3.000 |"
-    tables = [line.count("|") for line in lines if line.startswith("|")]
-    assert sorted(set(tables)) == [4, 5]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.md"]
+
+
+def test_ood_without_labels_has_the_unsupervised_scores(run: Run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "noise.npz", images=tiny_run.noise_images(12))
+    dataset = tiny_run.color_classes(labelled=False)
+    subject = subject_of(run, tmp_path, dataset, ood=(str(tmp_path / "noise.npz"),))
+    results = run_parts(subject, ["ood"])["ood"]
+    assert results["supervised"] == []
+    assert "No supervised scores: the images have no labels." in results["notes"]
+    assert len(results["sets"]["noise"]["scores"]) == 6
+
+
+def test_ood_of_nothing_says_what_it_takes(run: Run, tmp_path: Path) -> None:
+    assert "it takes --ood" in run_parts(subject_of(run, tmp_path), ["ood"])["ood"]["not_measured"]
+
+
+def test_a_twentieth_image_is_the_least(run: Run, tmp_path: Path) -> None:
+    subject = subject_of(run, tmp_path, tiny_run.color_classes(19))
+    results = run_parts(subject, ["classification"])["classification"]
+    assert "expected at least 20 training images" in results["not_measured"]
+
+
+def test_the_held_out_are_a_tenth_of_every_class(run: Run, tmp_path: Path) -> None:
+    subject = subject_of(run, tmp_path, train_images=60)
+    held_out = subject.held_out
+    assert np.bincount(subject.train.labels[held_out]).tolist() == [2, 2, 2]
+    assert draw_held_out(100_000, None, 0, 5000).sum() == 5000
+
+
+def test_limits_choose_by_the_seed(run: Run, tmp_path: Path) -> None:
+    subject = subject_of(run, tmp_path, train_images=30, test_images=10)
+    assert (len(subject.train), len(subject.test)) == (30, 10)
+    other = replace(run, config=tiny_run.with_settings("runtime", seed=5))
+    again = subject_of(other, tmp_path, train_images=30, test_images=10)
+    assert not np.array_equal(subject.test.images, again.test.images)
+
+
+def test_features_are_read_once_and_never_stale(run: Run, tmp_path: Path, monkeypatch) -> None:
+    subject = subject_of(run, tmp_path)
+    images = subject.test.images
+    first = subject.features.encoding(images)
+    assert torch.equal(torch.from_numpy(first), run.encode(images))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "encode", None)  # nothing is computed
+        assert np.array_equal(subject_of(run, tmp_path).features.encoding(images), first)
+    dimmed = images // 2
+    assert np.array_equal(subject.features.encoding(dimmed), run.encode(dimmed).numpy())
+    other = run.untrained()
+    assert not np.array_equal(subject.features_of(other).encoding(images), first)
+    recolored = replace(run, palette=run.palette.flip(0))
+    assert not np.array_equal(subject.features_of(recolored).encoding(images), first)
+
+
+def test_a_damaged_store_is_computed_anew(tmp_path: Path) -> None:
+    store, calls = Store(tmp_path), []
+
+    def compute() -> np.ndarray:
+        calls.append(1)
+        return np.arange(3)
+
+    for damage in (None, b"", b"\x93NUMPY", b"nonsense"):
+        if damage is not None:
+            store.path("kind", [b"a"]).write_bytes(damage)
+        assert store.get("kind", [b"a"], compute).tolist() == [0, 1, 2]
+        assert store.get("kind", [b"a"], compute).tolist() == [0, 1, 2]
+    assert len(calls) == 4
+    paths = {store.path("kind", parts) for parts in ([b"a", b"b"], [b"ab"], [b"ab", b""])}
+    assert len(paths) == 3
+
+
+def test_features_that_are_not_finite_are_refused(run: Run, tmp_path: Path) -> None:
+    broken = replace(run, model=run.untrained().model)
+    torch.nn.init.constant_(broken.model.outer_norm.bias, torch.nan)
+    with pytest.raises(NotFiniteError, match="features: 40 of 40 images have NaN"):
+        run_parts(subject_of(broken, tmp_path), ["classification"])
+    assert not (tmp_path / "classification.json").exists()
+
+
+def test_layers_end_where_the_encoding_and_the_prediction_begin(run: Run) -> None:
+    images = tiny_run.noise_images(5)
+    layers, names = run.layers(images), run.model.layer_names
+    assert names == ["embedding", "outer 1", "outer 2", "encoding", "inner 1"]
+    assert layers.shape == (5, 5, 16)
+    torch.testing.assert_close(layers[:, 3], run.encode(images))
+    seen = []
+    run.model.inner_norm.register_forward_pre_hook(lambda _, x: seen.append(x[0].mean((1, 2))))
+    run.log_prob(images)
+    run.model.inner_norm._forward_pre_hooks.clear()
+    torch.testing.assert_close(layers[:, 4], torch.cat(seen))
+
+
+def test_two_sets_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder / "same").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="ood: expected different names, got 'same' twice"):
+        Options(ood=(str(tmp_path / "a" / "same"), str(tmp_path / "b" / "same"))).validate()
+
+
+def test_ood_images_that_change_are_measured_anew(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "other.npz"
+    np.savez(file, images=tiny_run.noise_images(12))
+    subject = subject_of(run, tmp_path, tiny_run.color_classes(labelled=False), ood=(str(file),))
+    run_parts(subject, ["ood"])
+    assert suite.find(subject, "ood") is not None
+    np.savez(file, images=tiny_run.noise_images(14))
+    assert suite.find(subject, "ood") is None
+    assert run_parts(subject, ["ood"])["ood"]["sets"]["other"]["images"] == 14
+
+
+@pytest.mark.parametrize("images", [np.zeros((9, 4, 4, 2), np.uint8), np.zeros((9, 4, 4, 3))])
+def test_ood_images_of_another_kind_are_refused(
+    run: Run, tmp_path: Path, images: np.ndarray
+) -> None:
+    np.savez(tmp_path / "odd.npz", images=images)
+    with pytest.raises(ValueError, match=r"odd.npz: 'images': expected uint8 \[N, height"):
+        run_parts(subject_of(run, tmp_path, ood=(str(tmp_path / "odd.npz"),)), ["ood"])

@@ -1,17 +1,19 @@
-"""The command line: `gcrl train | evaluate | sample | palette`."""
+"""The command line: `gcrl train | evaluate | study | sample | palette`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from gcrl.config import SEEDS, Config, ConfigError
+from gcrl.evaluation import PARTS
+from gcrl.evaluation.options import Options
 from gcrl.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -44,29 +46,76 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a run anew: likelihood, contrastive loss, linear probe and k-NN."""
+    """Measure what a run is good for, part by part.
+
+    Each part leaves its numbers (.json), its table (.md) and its pictures (.png) as soon as it is
+    done. Ctrl-C stops; the same command goes on, and keeps what follows from the same network,
+    images and options. The parts:
+
+    {parts}
+    """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
+    parts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PART …")] = ()
+    """The parts to measure; by default all."""
     data: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
     """Other images to measure it on, as `gcrl train --data` takes them."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Folder for results.json and results.md; by default the run's, and with --data none."""
+    """Folder for the results; by default RUN/evaluation, with --data RUN/evaluation-NAME."""
+    again: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Measure anew what is there already."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
+    measurement: Options = field(default_factory=Options)
 
     def __call__(self) -> None:
-        from gcrl import evaluation
         from gcrl.data import load_dataset
+        from gcrl.evaluation.subject import Subject
+        from gcrl.evaluation.suite import choose_parts, run_parts, table
 
+        self.measurement.validate()
+        choose_parts(self.parts)
         run = _load(self.run, self.device)
         dataset = load_dataset(self.data or run.config.data.data, run.config.model.grid)
-        results = evaluation.evaluate(run, dataset)
-        out = self.out or (None if self.data else self.run)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            evaluation.write_results(out, results)
-        print(evaluation.table(results), end="")
+        name = f"evaluation-{dataset.name}" if self.data else "evaluation"
+        subject = Subject(run, dataset, self.out or self.run / name, self.measurement)
+        results = run_parts(subject, self.parts, again=self.again)
+        print("\n".join(table(part, measured) for part, measured in results.items()), end="")
+
+
+Evaluate.__doc__ = (Evaluate.__doc__ or "").format(
+    parts="\n\n    ".join(f"{name}: {what}." for name, what in PARTS.items())
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Compare the hybrid with its parts: four trainings from the same start and data order.
+
+    They are the hybrid; contrastive alone on its pairs (alpha 0); contrastive alone on two strong
+    views, which is SimCLR; generative alone (beta 0). Beside them stand the untrained network and
+    the same network trained with labels. The settings are the hybrid's, as for `gcrl train`.
+    Stopped, the same command goes on. It leaves study.md, study.png and study.json.
+    """
+
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Folder of the study; by default studies/PRESET."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Start from this configuration, such as RUN/config.json, and not from a preset."""
+    seeds: tuple[int, ...] = ()
+    """Seeds to repeat everything under; by default --seed alone."""
+    ood: tuple[str, ...] = ()
+    """Images unlike the run's, to be told apart: .npz files or folders of images."""
+
+    def __call__(self) -> None:
+        from gcrl.study import report, runs
+
+        folder = self.out or Path("studies") / self.settings.preset
+        seeds = self.seeds or (self.settings.runtime.seed,)
+        study = runs.Study(self.settings, folder, seeds, Options(ood=self.ood))
+        print(report.table(study.conduct()), end="")
 
 
 @dataclass(frozen=True)
@@ -180,10 +229,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _commands(words: list[str]) -> Any:
-    settings = _starting_settings(words[1:]) if words[:1] == ["train"] else PRESETS["digits"]
+    trains = words[:1] in (["train"], ["study"])
+    settings = _starting_settings(words[1:]) if trains else PRESETS["digits"]
     return (
         Annotated[Train, tyro.conf.subcommand("train", default=Train(settings))]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Study, tyro.conf.subcommand("study", default=Study(settings))]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Palette, tyro.conf.subcommand("palette")]
     )
@@ -242,13 +293,14 @@ def _mendable() -> tuple[type[Exception], ...]:
     """Errors whose message says all; imported only when something was raised."""
     from gcrl.checkpoint import CheckpointError
     from gcrl.data import DataError
+    from gcrl.evaluation.suite import StoppedError
     from gcrl.interrupts import Interrupted
     from gcrl.probes import NotFiniteError
     from gcrl.trainer import Diverged
     from gcrl_kernels.backends import BackendUnavailableError
 
     mendable = (DataError, CheckpointError, BackendUnavailableError)
-    return (*mendable, NotFiniteError, Diverged, Interrupted)
+    return (*mendable, NotFiniteError, StoppedError, Diverged, Interrupted)
 
 
 def _fail(message: str, code: int) -> int:

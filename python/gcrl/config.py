@@ -68,6 +68,8 @@ class ViewsConfig:
     """Probability that the strong view is grey."""
     blur: float = 0.0
     """Probability that the strong view is blurred."""
+    two_strong: bool = False
+    """Make both views strong ones, as SimCLR does; only with --alpha 0."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,8 @@ def _rules(config: Config, backends: tuple[str, ...]) -> list[tuple[str, bool, s
         ("projection_dim", model.projection_dim >= 1, "at least 1"),
         ("flip", not (config.views.flip and data.data == "digits"),
          "false, as a mirrored digit is no digit"),
+        ("two_strong", not (config.views.two_strong and objective.alpha > 0),
+         "false with alpha above 0, as a strong view's pixels are resampled"),
         ("alpha", 0 <= objective.alpha < INFINITY, "a number of at least 0"),
         ("beta", 0 <= objective.beta < INFINITY, "a number of at least 0"),
         ("beta", objective.alpha + objective.beta > 0, "more than 0, as alpha is 0"),

@@ -22,7 +22,7 @@ from gcrl.run import Run
 
 _DOTS = 100  # per inch
 _GAP, _MARGIN = 4, 20  # dots
-_BLUE, _GREY = "#1f6fb4", "#8a8a8a"
+BLUE, GREY = "#1f6fb4", "#8a8a8a"
 
 
 def draw_curves(folder: str | Path) -> Path:
@@ -47,11 +47,22 @@ def draw_curves(folder: str | Path) -> Path:
         config.objective.beta,
     )  # fmt: skip
     views.set(title=f"contrastive loss, {batch} pairs", ylabel="NT-Xent")
-    return _save(figure, folder / "curves.png")
+    return save(figure, folder / "curves.png")
 
 
 def draw_samples(run: Run, dataset: Dataset) -> Path:
     """Draw generated images beside real test images, to samples.png in the run's folder."""
+    return save(sample_figure(run, dataset), _folder(run) / "samples.png")
+
+
+def draw_completions(run: Run, dataset: Dataset, *, count: int = 8, draws: int = 3) -> Path:
+    """Draw test images with their lower halves drawn anew, to completions.png in the folder."""
+    figure = completion_figure(run, dataset, count=count, draws=draws)
+    return save(figure, _folder(run) / "completions.png")
+
+
+def sample_figure(run: Run, dataset: Dataset) -> Figure:
+    """Generated images beside real test images, both as many as the run's sample_count."""
     count = run.config.evaluation.sample_count
     generated = run.sample(count, seed=run.config.runtime.seed).numpy()
     panels = {
@@ -59,11 +70,11 @@ def draw_samples(run: Run, dataset: Dataset) -> Path:
         f"real, in {run.config.model.colors} colours": _test_images(run, dataset, count),
     }
     pictures = [(name, _tiled(part, _square(count))) for name, part in panels.items()]
-    return _save(_side_by_side(pictures), _folder(run) / "samples.png")
+    return _side_by_side(pictures)
 
 
-def draw_completions(run: Run, dataset: Dataset, *, count: int = 8, draws: int = 3) -> Path:
-    """Draw test images with their lower halves drawn anew, to completions.png in the folder."""
+def completion_figure(run: Run, dataset: Dataset, *, count: int = 8, draws: int = 3) -> Figure:
+    """Test images with their lower halves drawn anew."""
     real = _test_images(run, dataset, count)
     given = real.copy()
     given[:, run.kept_rows :] = 225
@@ -71,13 +82,25 @@ def draw_completions(run: Run, dataset: Dataset, *, count: int = 8, draws: int =
     for draw in range(draws):
         completed = run.complete(real, seed=run.config.runtime.seed + draw)
         rows[f"completed {draw + 1}"] = completed.numpy()
-    pictures = [(name, _tiled(part, len(real), 768)) for name, part in rows.items()]
-    return _save(_stacked(pictures), _folder(run) / "completions.png")
+    return rows_figure(rows)
+
+
+def rows_figure(rows: dict[str, np.ndarray]) -> Figure:
+    """Named rows of images, uint8 [N, H, W, 3] each, one below the other."""
+    return _stacked([(name, _tiled(part, len(part), 768)) for name, part in rows.items()])
 
 
 def save_images(path: str | Path, images: np.ndarray | Tensor) -> Path:
     """Write images, uint8 [N, H, W, 3], as one .png: side by side in a square, pixels enlarged."""
-    return _save(_figure(_tiled(np.asarray(images), _square(len(images)))), Path(path))
+    return save(_figure(_tiled(np.asarray(images), _square(len(images)))), Path(path))
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as .png: whole, or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=figure.dpi)
+    replace_file(path, content.getvalue())
+    return path
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -110,16 +133,16 @@ def _draw_loss(
     values = np.array([record[key] for record in records], dtype=float)
     smooth = _smoothed(values)
     marker = "o" if len(steps) == 1 else None
-    axes.axhline(chance, color=_GREY, linestyle="--", linewidth=1)
+    axes.axhline(chance, color=GREY, linestyle="--", linewidth=1)
     axes.annotate(
         f"{chance_name} = {chance:.2f}", (1, chance), xycoords=("axes fraction", "data"),
-        xytext=(0, 3), textcoords="offset points", ha="right", va="bottom", color=_GREY,
+        xytext=(0, 3), textcoords="offset points", ha="right", va="bottom", color=GREY,
     )  # fmt: skip
-    axes.plot(steps, values, color=_BLUE, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, smooth, color=_BLUE, linewidth=1.8, marker=marker)
+    axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, smooth, color=BLUE, linewidth=1.8, marker=marker)
     axes.annotate(
         f"{smooth[-1]:.2f}", (steps[-1], smooth[-1]),
-        xytext=(5, 0), textcoords="offset points", va="center", color=_BLUE,
+        xytext=(5, 0), textcoords="offset points", va="center", color=BLUE,
     )  # fmt: skip
     axes.grid(axis="y", alpha=0.25)
     axes.margins(y=0.12)
@@ -195,10 +218,3 @@ def _folder(run: Run) -> Path:
     if run.folder is None:
         raise ValueError("run: expected one that was loaded from a folder, to draw into it")
     return run.folder
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=figure.dpi)
-    replace_file(path, content.getvalue())
-    return path

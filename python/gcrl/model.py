@@ -130,6 +130,29 @@ class GCRL(nn.Module):
         """Tokens [B, H, W] -> [B, C], the encoding's mean over the pixels."""
         return self.encode(tokens).mean((1, 2))
 
+    @property
+    def layer_names(self) -> list[str]:
+        """Of what `layers` returns."""
+        outer = [f"outer {layer + 1}" for layer in range(len(self.outer))]
+        inner = [f"inner {layer + 1}" for layer in range(len(self.inner))]
+        return ["embedding", *outer, "encoding", *inner]
+
+    def layers(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, H, W] -> [B, layers, C]: each layer's output, its mean over the pixels."""
+        self.check_tokens("tokens", tokens)
+        embedded = self.embed(tokens)
+        u = embedded + self.position()  # [B, H, W, C]
+        outputs = [u]
+        for block in self.outer:
+            u = block(u)
+            outputs.append(u)
+        outputs.append(self.outer_norm(u))
+        t = self._shifted(embedded, u)
+        for block in self.inner:
+            t = block(t)
+            outputs.append(t)
+        return torch.stack([output.mean((1, 2)) for output in outputs], 1)
+
     def project(self, features: Tensor) -> Tensor:
         """Features [B, C] -> z [B, P], not normalised."""
         return self.projection(features)
@@ -210,12 +233,16 @@ class GCRL(nn.Module):
         return u
 
     def _inner(self, embedded: Tensor, encoded: Tensor) -> Tensor:
-        left = F.pad(embedded[:, :, :-1], (0, 0, 1, 0))
-        above = F.pad(encoded[:, :-1], (0, 0, 0, 0, 1, 0))
-        t = left + above + self.position()  # [B, H, W, C]
+        t = self._shifted(embedded, encoded)
         for block in self.inner:
             t = block(t)
         return self.inner_norm(t)
+
+    def _shifted(self, embedded: Tensor, encoded: Tensor) -> Tensor:
+        """What the inner stage may see of each pixel, [B, H, W, C]: those before it."""
+        left = F.pad(embedded[:, :, :-1], (0, 0, 1, 0))
+        above = F.pad(encoded[:, :-1], (0, 0, 0, 0, 1, 0))
+        return left + above + self.position()
 
 
 def _sinusoids(length: int, features: int) -> Tensor:

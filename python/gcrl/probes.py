@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from torchmetrics.functional.classification import binary_calibration_error
 
 STRENGTHS = (1.0, 0.1, 0.01, 0.001, 0.0001)  # C of the probe; the first wins a tie
+CALIBRATION_BINS = 15
 
 
 class NotFiniteError(ValueError):
@@ -44,12 +45,12 @@ def linear_probe(
     the test features have no say in it.
     Raises NotFiniteError for features that are not finite.
     """
-    _check_finite(train, test)
+    check_finite(train, test)
     strength = _choose_strength(train, train_labels, seed)
-    probe = _fit(train, train_labels, strength)
+    probe = fit(train, train_labels, strength)
     probabilities = probe.predict_proba(test)  # [M, classes]
     correct = probe.classes_[probabilities.argmax(1)] == test_labels
-    error = _calibration_error(probabilities.max(1), correct)
+    error = calibration_error(probabilities.max(1), correct)
     return Probe(float(correct.mean()), error, strength)
 
 
@@ -65,14 +66,15 @@ def nearest_neighbors(
     Shapes as in linear_probe. Raises NotFiniteError for features that are not finite, ValueError
     where there are fewer training features than neighbours.
     """
-    _check_finite(train, test)
+    check_finite(train, test)
     if not 1 <= neighbors <= len(train):
         raise ValueError(f"neighbors: expected 1 to {len(train)}, got {neighbors}")
     classifier = make_pipeline(StandardScaler(), KNeighborsClassifier(neighbors, metric="cosine"))
     return float(classifier.fit(train, train_labels).score(test, test_labels))
 
 
-def _fit(features: np.ndarray, labels: np.ndarray, strength: float) -> Pipeline:
+def fit(features: np.ndarray, labels: np.ndarray, strength: float) -> Pipeline:
+    """Logistic regression of strength C on standardised features [N, D]; labels: integers [N]."""
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, tol=1e-3, max_iter=200))
     with warnings.catch_warnings():
         # A weakly regularised fit that stops early is a sound probe; the held-out part judges it.
@@ -85,7 +87,7 @@ def _choose_strength(features: np.ndarray, labels: np.ndarray, seed: int) -> flo
     if not held.any() or len(np.unique(labels[~held])) < 2:  # nothing to compare
         return STRENGTHS[0]
     scores = [
-        _fit(features[~held], labels[~held], strength).score(features[held], labels[held])
+        fit(features[~held], labels[~held], strength).score(features[held], labels[held])
         for strength in STRENGTHS
     ]
     return STRENGTHS[int(np.argmax(scores))]
@@ -100,17 +102,18 @@ def _held_out(labels: np.ndarray, seed: int) -> np.ndarray:
     return held
 
 
-def _calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     """Expected calibration error of the top class in 15 bins (Guo et al. 2017)."""
     # The binary form takes any confidences beside right or wrong, so that a test class which the
     # probe has never seen counts as wrong.
     error = binary_calibration_error(
-        torch.from_numpy(confidence), torch.from_numpy(correct).long(), n_bins=15
+        torch.from_numpy(confidence), torch.from_numpy(correct).long(), n_bins=CALIBRATION_BINS
     )
     return float(error)
 
 
-def _check_finite(*features: np.ndarray) -> None:
+def check_finite(*features: np.ndarray) -> None:
+    """Raise NotFiniteError unless features [N, D] are."""
     for part in features:
         bad = int((~np.isfinite(part).all(axis=1)).sum())
         if bad:

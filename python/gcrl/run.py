@@ -80,6 +80,10 @@ class Run:
         """The representation of each image, float32 [N, width]: the encoding's mean over pixels."""
         return self._map(self.model.features, images, "encode" if progress else None)
 
+    def layers(self, images: np.ndarray | Tensor, *, progress: bool = False) -> Tensor:
+        """Every layer's mean over the pixels, float32 [N, layers, width]; see model.layer_names."""
+        return self._map(self.model.layers, images, "layers" if progress else None)
+
     def log_prob(self, images: np.ndarray | Tensor, *, progress: bool = False) -> Tensor:
         """log p(image) in nats, float32 [N]: of the image on the run's grid, in palette colours."""
         return self._map(self.model.log_prob, images, "log-probability" if progress else None)

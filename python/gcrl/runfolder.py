@@ -76,15 +76,16 @@ def prepare(config: Config, folder: Path, team: Team, *, progress: bool) -> tupl
 
 def report(config: Config, folder: Path, dataset: Dataset, *, progress: bool) -> None:
     """Evaluate the trained run, draw its pictures and print its table."""
-    from gcrl import evaluation, figures, run
+    from gcrl import figures, run
+    from gcrl.evaluation import summary
 
     trained = run.load(folder, device=config.runtime.device)
-    results = evaluation.evaluate(trained, dataset, progress=progress)
-    evaluation.write_results(folder, results)
+    results = summary.evaluate(trained, dataset, progress=progress)
+    summary.write_results(folder, results)
     figures.draw_curves(folder)
     figures.draw_samples(trained, dataset)
     figures.draw_completions(trained, dataset)
-    print(evaluation.table(results), end="")
+    print(summary.table(results), end="")
 
 
 def _located(config: Config) -> Config:

@@ -24,7 +24,7 @@ from gcrl.interrupts import Interrupted, Interrupts
 from gcrl.metrics import Recorder, Window
 from gcrl.run import build_model
 from gcrl.runfolder import check_folder, prepare, report
-from gcrl.views import strong_view, weak_view
+from gcrl.views import first_view, strong_view
 from gcrl_kernels import quantize_colors
 from gcrl_kernels.backends import choose
 
@@ -157,7 +157,7 @@ class Trainer:
         images = self.images[self.batch(part)]
         torch.manual_seed(derive_seed(config.runtime.seed, "views", self.step, part, team.rank))
         backend = config.runtime.backend
-        weak = quantize_colors(weak_view(images, config.views), self.palette, backend=backend)
+        weak = quantize_colors(first_view(images, config.views), self.palette, backend=backend)
         if config.objective.beta == 0:
             return weak, None
         strong = strong_view(images, config.views)

@@ -16,14 +16,19 @@ BLUR_SIGMA = (0.1, 2.0)  # pixels
 
 
 def make_views(images: torch.Tensor, config: ViewsConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a weak and a strong view of each image, from torch's global generator.
+    """Draw a weak and a strong view of each image, or two strong ones, from torch's generator.
 
     images uint8 [B, H, W, 3]. Returns (weak uint8, strong float32), both [B, H, W, 3] in 0..255 on
     the images' device. Raises ValueError for other images, for settings that leave both views the
     same, and as `validate` does.
     """
     check_pair(config)
-    return weak_view(images, config), strong_view(images, config)
+    return first_view(images, config), strong_view(images, config)
+
+
+def first_view(images: torch.Tensor, config: ViewsConfig) -> torch.Tensor:
+    """The weak view, or with `two_strong` another strong one."""
+    return (strong_view if config.two_strong else weak_view)(images, config)
 
 
 def weak_view(images: torch.Tensor, config: ViewsConfig) -> torch.Tensor:

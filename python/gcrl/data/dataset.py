@@ -26,6 +26,12 @@ class ImageSet:
         labels = None if self.labels is None else self.labels[indices]
         return ImageSet(self.images[indices], labels)
 
+    def draw(self, limit: int, seed: int) -> ImageSet:
+        """At most so many of the images, chosen by the seed, in their order."""
+        if len(self) <= limit:
+            return self
+        return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:limit]))
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -43,8 +49,10 @@ def hold_out(everything: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
     return everything.take(np.flatnonzero(~test)), everything.take(np.flatnonzero(test))
 
 
-def draw_held_out(count: int, labels: np.ndarray | None, seed: int) -> np.ndarray:
-    """Which of `count` to hold out for testing, bool [count]: a fifth (two at least).
+def draw_held_out(
+    count: int, labels: np.ndarray | None, seed: int, size: int | None = None
+) -> np.ndarray:
+    """Which of `count` to hold out, bool [count]: `size` of them, or a fifth (two at least).
 
     They are drawn by the seed from all classes alike; labels: int64 [count], where they are known.
     Raises DataError below four.
@@ -54,7 +62,7 @@ def draw_held_out(count: int, labels: np.ndarray | None, seed: int) -> np.ndarra
     order = np.random.default_rng(seed).permutation(count)
     if labels is not None:
         order = order[np.argsort(labels[order], kind="stable")]
-    held_out = max(2, count // 5)
+    held_out = size or max(2, count // 5)
     test = np.zeros(count, dtype=bool)
     test[order[((np.arange(held_out) + 0.5) * count / held_out).astype(int)]] = True
     return test

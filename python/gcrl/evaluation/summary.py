@@ -1,19 +1,22 @@
-"""What a run has learned: its likelihood, its contrastive loss, and what its encoding tells."""
+"""The short measurement at the end of training: both losses, a linear probe and k-NN."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from gcrl.checkpoint import replace_file
 from gcrl.data import Dataset, ImageSet
+from gcrl.evaluation.markdown import number, percent, rows
+from gcrl.evaluation.subject import Subject
 from gcrl.palette import to_tokens
 from gcrl.probes import NotFiniteError, linear_probe, nearest_neighbors
 from gcrl.run import Run
@@ -21,6 +24,19 @@ from gcrl.views import differ, make_views
 from gcrl_kernels import nt_xent
 
 _SOURCES = {"run": "this run", "untrained": "untrained network", "raw_pixels": "raw pixels"}
+
+
+def inputs(subject: Subject) -> dict[str, Any]:
+    return {"config": subject.run.config.to_dict()}
+
+
+def measure(subject: Subject) -> dict[str, Any]:
+    return evaluate(subject.run, subject.dataset, progress=subject.progress)
+
+
+def draw(results: dict[str, Any], subject: Subject) -> dict[str, Figure]:
+    """None: its numbers are few."""
+    return {}
 
 
 def evaluate(run: Run, dataset: Dataset, *, progress: bool = True) -> dict[str, Any]:
@@ -33,8 +49,8 @@ def evaluate(run: Run, dataset: Dataset, *, progress: bool = True) -> dict[str, 
     Raises NotFiniteError where the network's outputs are not finite.
     """
     settings, seed = run.config.evaluation, run.config.runtime.seed
-    test = _subset(dataset.test, settings.probe_test, seed)
-    train = _subset(dataset.train, settings.probe_train, seed)
+    test = dataset.test.draw(settings.probe_test, seed)
+    train = dataset.train.draw(settings.probe_train, seed)
     results: dict[str, Any] = {
         "dataset": dataset.name,
         "step": run.step,
@@ -106,10 +122,10 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"{results['dataset']}, step {results['step']:,}, seed {results['seed']}: {counts}.",
         "",
-        *_rows(("loss on test images", "this run", "chance"), losses, _number),
+        *rows(("loss on test images", "this run", "chance"), losses, number),
     ]
     if "accuracy" in results:
-        lines += ["", *_rows(("on test images", *_SOURCES.values()), _measures(results), _percent)]
+        lines += ["", *rows(("on test images", *_SOURCES.values()), _measures(results), percent)]
     for note in results["notes"]:
         lines += ["", note]
     return "\n".join(lines) + "\n"
@@ -166,13 +182,6 @@ def _project(run: Run, view: Tensor) -> Tensor:
     return run.model.project(run.model.features(tokens))
 
 
-def _subset(images: ImageSet, limit: int, seed: int) -> ImageSet:
-    if len(images) <= limit:
-        return images
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:limit])
-    return images.take(chosen)
-
-
 def _loss_notes(run: Run) -> list[str]:
     objective = run.config.objective
     notes = []
@@ -202,21 +211,3 @@ def _finite(name: str, value: float) -> float:
             f"the run's {name} on test images is {value}: has its training diverged?"
         )
     return value
-
-
-def _rows(
-    header: tuple[str, ...], rows: Iterable[tuple[Any, ...]], text: Callable[[float], str]
-) -> Iterator[str]:
-    """A Markdown table of named rows of numbers."""
-    yield f"| {' | '.join(header)} |"
-    yield "|---" + "|---:" * (len(header) - 1) + "|"
-    for name, *numbers in rows:
-        yield f"| {name} | {' | '.join(map(text, numbers))} |"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.1f}" if value >= 100 else f"{value:.3f}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"

@@ -1,0 +1,61 @@
+"""Arrays that are kept beside a run, under a hash of all that they follow from."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gcrl.checkpoint import replace_file
+
+FORMAT = 1  # to be raised when what is computed changes
+
+
+class Store:
+    """A folder of .npy files. One that is damaged counts as absent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(
+        self, kind: str, ingredients: Sequence[bytes], compute: Callable[[], np.ndarray]
+    ) -> np.ndarray:
+        """The array of that kind that follows from the ingredients; computed where it is absent."""
+        path = self.path(kind, ingredients)
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            array = compute()
+        content = io.BytesIO()
+        np.save(content, array, allow_pickle=False)
+        self.write(path, content.getvalue())
+        return array
+
+    def path(self, kind: str, ingredients: Sequence[bytes], suffix: str = ".npy") -> Path:
+        """The file of what follows from the ingredients."""
+        return self.folder / f"{kind}-{digest(str(FORMAT).encode(), *ingredients)[:32]}{suffix}"
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Write a file of the store: whole, or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(path, content)
+
+
+def digest(*parts: bytes) -> str:
+    """SHA-256 of the parts, each with its length, so that no two lists of parts read the same."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(len(part).to_bytes(8, "big"))
+        sha.update(part)
+    return sha.hexdigest()
+
+
+def array_digest(array: np.ndarray | None) -> bytes:
+    """A hash of an array's type, shape and values."""
+    if array is None:
+        return b"none"
+    parts = (str(array.dtype).encode(), str(array.shape).encode(), array.tobytes())
+    return digest(*parts).encode()

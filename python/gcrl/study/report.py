@@ -1,0 +1,166 @@
+"""The table and the figure that answer a study's question."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gcrl.checkpoint import replace_file
+from gcrl.evaluation.markdown import number, rows
+from gcrl.figures import BLUE, GREY, save
+from gcrl.study.variants import VARIANTS
+from gcrl.study.verdict import ACCURACY, AUROC, BITS, MARGINS, SCORE, read
+
+MAHALANOBIS = "Mahalanobis distance"
+_NAMES = {ACCURACY: "probe accuracy", BITS: "bits per pixel", AUROC: f"AUROC of the {SCORE}"}
+_REFERENCES = {ACCURACY: ("contrastive", "simclr"), BITS: ("generative",), AUROC: ("generative",)}
+
+
+def write(folder: Path, results: dict[str, Any]) -> None:
+    """study.json, study.md and study.png."""
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    replace_file(folder / "study.json", text.encode())
+    replace_file(folder / "study.md", table(results).encode())
+    save(figure(results), folder / "study.png")
+
+
+def table(results: dict[str, Any]) -> str:
+    """What every network can do, and whether the hybrid keeps it."""
+    optim, count = results["config"]["optim"], len(results["seeds"])
+    images = optim["steps"] * optim["batch_size"] * optim["accumulate"]
+    sets = results["sets"]
+    header = [
+        "network", "probe accuracy", "k-NN", "bits per pixel",
+        *(f"AUROC {name}, {SCORE}" for name in sets),
+        *(f"AUROC {name}, {MAHALANOBIS}" for name in sets),
+        "TFLOP", "minutes",
+    ]  # fmt: skip
+    lines = [
+        f"{results['dataset']}: {images:,} images seen by every trained network, "
+        f"{count} {'seed' if count == 1 else 'seeds'}"
+        f"{', mean ± deviation over them' if count > 1 else ''}. Compute is counted on paper, "
+        "time is of the training alone. Generative is the axial network's, not iGPT's full "
+        "attention.",
+        "",
+        *rows(header, [_line(results, variant) for variant in _present(results)], number),
+    ]
+    heads = _values(results, "labels", lambda found: found.get("head_accuracy"))
+    if heads:
+        lines += ["", f"The head that was trained with labels itself: {_percent(heads)}."]
+    lines += ["", *_verdicts(results)]
+    return "\n".join(lines) + "\n"
+
+
+def figure(results: dict[str, Any]) -> Figure:
+    """A panel for each measure, a bar for each network; the band is what counts as kept."""
+    measures: list[tuple[str, str | None]] = [(ACCURACY, None), (BITS, None)]
+    measures += [(AUROC, name) for name in results["sets"]]
+    present = _present(results)
+    height = 0.45 * len(present) + 1.2
+    drawn = Figure(figsize=(3.4 * len(measures) + 2.2, height), layout="constrained")
+    panels = drawn.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axes, (measure, name) in zip(panels, measures, strict=True):
+        _panel(axes, results, present, measure, name)
+    panels[0].set_yticks(range(len(present)), [VARIANTS[v].title for v in present])
+    panels[0].invert_yaxis()
+    return drawn
+
+
+def _panel(
+    axes: Axes, results: dict[str, Any], present: list[str], measure: str, name: str | None
+) -> None:
+    factor = 1 if measure == BITS else 100
+    for place, variant in enumerate(present):
+        values = _values(results, variant, lambda found: read(found, measure, name))
+        if not values:
+            axes.text(0.02, place, "not measured" if measure == ACCURACY else "no decoder trained",
+                      transform=axes.get_yaxis_transform(), va="center", color=GREY)  # fmt: skip
+            continue
+        mean, error = factor * np.mean(values), factor * np.std(values)
+        color = BLUE if variant == "hybrid" else "#b8cfe2"
+        axes.barh(place, mean, xerr=error if len(values) > 1 else None, color=color)
+        axes.annotate(f"{mean:.4g}", (mean, place), xytext=(4, 0), textcoords="offset points",
+                      va="center")  # fmt: skip
+    for variant in _REFERENCES[measure]:
+        values = _values(results, variant, lambda found: read(found, measure, name))
+        if values:
+            kept = factor * float(np.mean(values))
+            edge = kept + (1 if measure == BITS else -factor) * MARGINS[measure]
+            axes.axvspan(min(kept, edge), max(kept, edge), color="#e9a23b", alpha=0.5, linewidth=0)
+    unit = "" if measure == BITS else ", %"
+    axes.set_title(f"{_NAMES[measure]}{f': {name}' if name else ''}{unit}", fontsize=11)
+    axes.margins(x=0.18)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _verdicts(results: dict[str, Any]) -> Iterator[str]:
+    if not results["verdicts"]:
+        yield "No verdict yet: it takes the hybrid and what it is compared with."
+        return
+    yield (
+        "Decided beforehand: the hybrid keeps a measure if it falls short by no more than 1.0 "
+        "point of probe accuracy, 0.03 bits per pixel or 0.02 AUROC, or than two standard errors "
+        "of the difference over the seeds."
+    )
+    yield ""
+    for verdict in results["verdicts"]:
+        name, bits = _NAMES[verdict["measure"]], verdict["measure"] == BITS
+        place = f" on {verdict['set']}" if verdict["set"] else ""
+        short, allowed = (
+            f"{value:.3f}" if bits else f"{100 * value:.1f} points"
+            for value in (verdict["short"], verdict["allowed"])
+        )
+        kept = "keeps" if verdict["keeps"] else "does not keep"
+        title = f"{name}{place} of '{VARIANTS[verdict['against']].title}'"
+        yield f"- The hybrid {kept} the {title}: short by {short}, allowed {allowed}."
+
+
+def _line(results: dict[str, Any], variant: str) -> tuple[str | None, ...]:
+    return (VARIANTS[variant].title, *_cells(results, variant))
+
+
+def _cells(results: dict[str, Any], variant: str) -> Iterator[str | None]:
+    yield _percent(_values(results, variant, lambda found: found.get(ACCURACY)))
+    yield _percent(_values(results, variant, lambda found: found.get("knn")))
+    yield _spread(_values(results, variant, lambda found: found.get(BITS)), "{:.3f}")
+    for score in (SCORE, MAHALANOBIS):
+        for name in results["sets"]:
+            yield _percent(_values(results, variant, partial(_auroc, name=name, score=score)))
+    flops = _values(results, variant, lambda found: found["training_flops"])[:1]
+    yield _spread([count / 1e12 for count in flops], "{:,.3g}")
+    seconds = _values(results, variant, lambda found: found["seconds"])
+    yield _spread([value / 60 for value in seconds], "{:.1f}")
+
+
+def _auroc(found: dict[str, Any], name: str, score: str) -> float | None:
+    value: float | None = found[AUROC].get(name, {}).get(score)
+    return value
+
+
+def _present(results: dict[str, Any]) -> list[str]:
+    return [v for v in VARIANTS if any(v in seed["networks"] for seed in results["seeds"])]
+
+
+def _values(results: dict[str, Any], variant: str, value: Any) -> list[float]:
+    """Over the seeds, where it has been measured."""
+    networks = [seed["networks"] for seed in results["seeds"] if variant in seed["networks"]]
+    return [found for found in (value(n[variant]) for n in networks) if found is not None]
+
+
+def _percent(values: list[float]) -> str | None:
+    text = _spread([100 * value for value in values], "{:.1f}")
+    return text and f"{text}%"
+
+
+def _spread(values: list[float], form: str) -> str | None:
+    if not values:
+        return None
+    mean = form.format(np.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {form.format(np.std(values, ddof=1))}"

@@ -1,0 +1,179 @@
+"""Trains and measures the networks of a study, one after another."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gcrl
+from gcrl.config import SEEDS, Config, ConfigError
+from gcrl.data import Dataset, ImageSet, load_dataset
+from gcrl.evaluation import finetuning
+from gcrl.evaluation.options import Options
+from gcrl.evaluation.store import Store, array_digest
+from gcrl.evaluation.subject import Subject
+from gcrl.evaluation.suite import StoppedError, run_parts
+from gcrl.interrupts import Interrupted
+from gcrl.run import Run, load
+from gcrl.study import report
+from gcrl.study.compute import training_flops, training_seconds
+from gcrl.study.variants import LABELS, TRAINED, UNTRAINED, VARIANTS, check_hybrid, configure
+from gcrl.study.verdict import judge
+
+PARTS = ("classification", "likelihood", "ood")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where a study lies, and what it compares."""
+
+    config: Config
+    folder: Path
+    seeds: tuple[int, ...]
+    options: Options
+    progress: bool = True
+
+    def conduct(self) -> dict[str, Any]:
+        """Train and measure everything that is not done yet; returns what study.json holds.
+
+        study.json, study.md and study.png are written after every network. Stopped, it goes on
+        from the last checkpoint of the run it was in.
+        Raises ConfigError for settings that make no study, or not the one that lies there;
+        StoppedError after Ctrl-C.
+        """
+        self._check()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        grid, data = self.config.model.grid, self.config.data
+        dataset = load_dataset(data.data, grid, download=data.download)
+        measured: dict[int, dict[str, Any]] = {seed: {} for seed in self.seeds}
+        for seed in self.seeds:
+            for name in VARIANTS:
+                self._say(f"seed {seed}: {VARIANTS[name].title}")
+                try:
+                    found = self._measure(name, seed, dataset)
+                except (KeyboardInterrupt, Interrupted, StoppedError) as error:
+                    raise StoppedError(
+                        f"interrupted in {name}, seed {seed}; what is done is kept in "
+                        f"{self.folder}, and the same command goes on from there"
+                    ) from error
+                if found is not None:
+                    measured[seed][name] = found
+                results = self._results(measured, dataset)
+                report.write(self.folder, results)
+        return results
+
+    def _check(self) -> None:
+        check_hybrid(self.config)
+        self.options.validate()
+        for seed in self.seeds:
+            if seed not in SEEDS:
+                raise ConfigError(f"seeds: expected at least 0 and below 2^63, got {seed}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds: expected different ones, got {list(self.seeds)}")
+
+    def _measure(self, name: str, seed: int, dataset: Dataset) -> dict[str, Any] | None:
+        """One network's measures; None for the one with labels where there are none."""
+        if name == LABELS and dataset.train.labels is None:
+            return None
+        folder = self.folder / f"seed-{seed}" / name
+        if name in TRAINED:
+            run = self._train(name, seed, folder)
+        else:
+            hybrid = load(self.folder / f"seed-{seed}" / "hybrid", device=self._device)
+            run = hybrid.untrained()
+        measures: dict[str, Any] = {}
+        if name == LABELS:
+            classifier = self._train_with_labels(run, dataset.train, folder)
+            run = classifier.run
+            test = dataset.test
+            if test.labels is not None:
+                logits = classifier.logits(run.encode(test.images, progress=self.progress).numpy())
+                right = classifier.classes[logits.argmax(1)] == test.labels
+                measures["head_accuracy"] = float(right.mean())
+        subject = Subject(run, dataset, folder / "evaluation", self.options, self.progress)
+        measures |= summarise(run_parts(subject, PARTS), VARIANTS[name].generates)
+        return measures | self._compute(name, folder)
+
+    def _train(self, name: str, seed: int, folder: Path) -> Run:
+        from gcrl.trainer import train
+
+        config = configure(self.config, name, seed)
+        train(config, folder, resume=(folder / "config.json").exists(), progress=self.progress)
+        return load(folder, device=self._device)
+
+    def _train_with_labels(
+        self, untrained: Run, images: ImageSet, folder: Path
+    ) -> finetuning.Classifier:
+        """From the same start, as many images in the same order as the other runs."""
+        optim = self.config.optim
+        optim = replace(optim, batch_size=optim.batch_size * optim.accumulate, accumulate=1)
+        subject = Subject(untrained, Dataset("", images, images, None), folder, self.options)
+        store = Store(folder / "evaluation" / "features")
+        ingredients = (
+            subject.features.fingerprint, array_digest(images.images), array_digest(images.labels),
+            repr((optim, self.config.views, subject.seed)).encode(),
+        )  # fmt: skip
+        return finetuning.kept_classifier(
+            store, store.path("labels", ingredients, ".safetensors"), untrained, images, optim,
+            alpha=0.0, name="with labels", progress=self.progress,
+        )  # fmt: skip
+
+    def _compute(self, name: str, folder: Path) -> dict[str, Any]:
+        optim, variant = self.config.optim, VARIANTS[name]
+        images = optim.steps * optim.batch_size * optim.accumulate if name != UNTRAINED else 0
+        flops = training_flops(
+            self.config.model, variant.encoded_views, generates=variant.generates
+        )
+        seconds = training_seconds(folder) if name in TRAINED else None
+        return {"images_seen": images, "training_flops": images * flops, "seconds": seconds}
+
+    def _results(self, measured: dict[int, dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
+        complete = [found for found in measured.values() if set(TRAINED) <= set(found)]
+        sets = sorted({name for m in measured.values() for v in m.values() for name in v["auroc"]})
+        return {
+            "dataset": dataset.name,
+            "config": json.loads(self.config.to_json()),
+            "versions": {"gcrl": gcrl.__version__, "torch": torch.__version__},
+            "device": str(self._device),
+            "sets": sets,
+            "seeds": [
+                {"seed": seed, "networks": found} for seed, found in measured.items() if found
+            ],
+            "verdicts": judge(complete, sets),
+        }
+
+    @property
+    def _device(self) -> str:
+        return self.config.runtime.device
+
+    def _say(self, text: str) -> None:
+        if self.progress:
+            print(text, file=sys.stderr, flush=True)
+
+
+def summarise(parts: dict[str, Any], generates: bool) -> dict[str, Any]:
+    """Of a network's evaluation, the numbers that are compared.
+
+    The likelihood of a decoder that was not trained, and the scores made of it, are left out.
+    """
+    found: dict[str, Any] = {"auroc": {}}
+    classification, density, ood = (parts[name] for name in PARTS)
+    if "not_measured" not in classification:
+        found["accuracy"] = classification["linear_probe"]
+        found["layer"] = classification["layer"]
+        found["test_images"] = classification["test_images"]
+        found["knn"] = classification.get("knn", {}).get("accuracy")
+    if generates:
+        found["bits_per_pixel"] = density["bits_per_pixel"]
+    for name, part in ood.get("sets", {}).items():
+        found["auroc"][name] = {
+            score: values["auroc"]
+            for score, values in part["scores"].items()
+            if generates or not score.startswith(("likelihood", "typicality"))
+        }
+    return found

@@ -1,0 +1,305 @@
+"""Each part of an evaluation on cases that are worked out by hand."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+import torch
+from PIL import Image
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from gcrl.config import ConfigError
+from gcrl.data import ImageSet
+from gcrl.evaluation import calibration, classification, finetuning, likelihood, ood, probe, samples
+from gcrl.evaluation.options import Options
+from gcrl.evaluation.subject import Subject
+from gcrl.probes import STRENGTHS, fit
+from gcrl.run import Run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return tiny_run.tiny_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def subject(run: Run, tmp_path: Path) -> Subject:
+    options = Options(labels_per_class=(2, 400), draws=3, finetuning_steps=2)
+    return Subject(run, tiny_run.color_classes(), tmp_path, options, progress=False)
+
+
+class Planted:
+    """Features that a test has chosen, by the images' first value."""
+
+    fingerprint = b"planted"
+
+    def __init__(self, layers: np.ndarray) -> None:
+        self.planted = layers  # [images, layers, width]
+
+    def layers(self, images: np.ndarray) -> np.ndarray:
+        return self.planted[images[:, 0, 0, 0]]
+
+    def layer(self, images: np.ndarray, layer: int) -> np.ndarray:
+        return self.layers(images)[:, layer]
+
+
+def numbered(count: int, labels: np.ndarray, start: int = 0) -> ImageSet:
+    images = np.zeros((count, 4, 4, 3), dtype=np.uint8)
+    images[:, 0, 0, 0] = start + np.arange(count)
+    return ImageSet(images, labels)
+
+
+@pytest.fixture
+def planted(run: Run, tmp_path: Path) -> Subject:
+    """Layer 2 of five tells the three classes of 60 and 30 images apart, the others nothing."""
+    labels = np.arange(90) % 3
+    rng = np.random.default_rng(0)
+    layers = rng.standard_normal((90, 5, 3))
+    layers[:, 2] = 5 * np.eye(3)[labels] + 0.1 * rng.standard_normal((90, 3))
+    dataset = replace(
+        tiny_run.color_classes(),
+        train=numbered(60, labels[:60]),
+        test=numbered(30, labels[60:], 60),
+    )
+    options = Options(train_images=60, test_images=30, labels_per_class=(2, 18, 19), draws=3)
+    subject = Subject(run, dataset, tmp_path, options, progress=False)
+    subject.__dict__["features"] = Planted(layers)
+    return subject
+
+
+def test_the_probe_takes_the_layer_that_tells_the_classes_apart(planted: Subject) -> None:
+    choice = probe.choose(planted)
+    assert choice.layer == 2
+    assert choice.accuracy.shape == (5, len(STRENGTHS))
+    assert choice.accuracy[2, 0] == 1.0
+    assert choice.accuracy[[0, 1, 3, 4]].max() < 1.0
+
+
+def test_the_sweep_never_sees_the_test_images_and_is_judged_on_the_held_out(
+    planted: Subject,
+) -> None:
+    train, held = planted.train, planted.held_out
+    expected = np.empty((5, len(STRENGTHS)))
+    for layer, strength in np.ndindex(expected.shape):
+        features = planted.features.layer(train.images, layer)
+        fitted = fit(features[~held], train.labels[~held], STRENGTHS[strength])
+        expected[layer, strength] = np.mean(fitted.predict(features[held]) == train.labels[held])
+    planted.__dict__["test"] = None
+    planted.__dict__["labels"] = (train.labels, None)
+    assert np.array_equal(probe.choose(planted).accuracy, expected)
+
+
+def test_classification_of_planted_features(planted: Subject) -> None:
+    results = classification.measure(planted)
+    assert (results["layer"], results["linear_probe"]) == ("outer 2", 1.0)
+    assert (results["train_images"], results["held_out"], results["test_images"]) == (60, 6, 30)
+    assert results["chance"] == pytest.approx(1 / 3)
+    assert results["knn"] == {"neighbors": 3, "accuracy": 1.0}
+    assert [few["labels_per_class"] for few in results["few_labels"]] == [2, 18]
+    assert all(few["accuracy"] == 1.0 and few["deviation"] == 0 for few in results["few_labels"])
+    assert results["notes"] == ["No probe of 19 labels a class: one class has fewer."]
+    text = classification.table(results)
+    assert "| linear probe on 'outer 2' | 100.0% |" in text
+    assert "| probe of 2 labels a class | 100.0% ± 0.0 |" in text
+
+
+def test_a_class_of_the_test_images_alone_is_named(planted: Subject) -> None:
+    test = planted.test
+    planted.__dict__["test"] = ImageSet(test.images, np.where(test.labels == 0, 9, test.labels))
+    results = classification.measure(planted)
+    assert results["linear_probe"] == pytest.approx(2 / 3)
+    assert "1 classes of the test images are not among the training images." in results["notes"]
+
+
+def test_few_labels_are_so_few(planted: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def remember(features: np.ndarray, labels: np.ndarray, strength: float):
+        sizes.append(np.bincount(labels).tolist())
+        return fit(features, labels, strength)
+
+    monkeypatch.setattr(classification, "fit", remember)
+    features = planted.features.layer(planted.train.images, 2)
+    test = planted.features.layer(planted.test.images, 2)
+    classification._few_labels(planted, features, test, 4)
+    assert sizes == [[4, 4, 4]] * (3 * len(STRENGTHS))
+
+
+def test_logits_of_a_probe_give_its_probabilities() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((40, 3))
+    for classes in (2, 3):
+        fitted = fit(features, np.arange(40) % classes, 1.0)
+        scores = probe.logits(fitted, features)
+        assert scores.shape == (40, classes)
+        np.testing.assert_allclose(finetuning.softmax(scores), fitted.predict_proba(features))
+
+
+def test_likelihood_by_hand(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    nats = np.arange(20.0)[::-1] * 16  # an image; 16 pixels
+    monkeypatch.setattr(type(subject.features), "log_prob", lambda *_: -nats)
+    results = likelihood.measure(subject)
+    assert results["nats_per_pixel"] == pytest.approx(9.5)
+    assert results["bits_per_pixel"] == pytest.approx(9.5 / math.log(2))
+    assert results["deviation"] == pytest.approx(math.sqrt(35))  # of 0..19
+    assert results["standard_error"] == pytest.approx(math.sqrt(35 / 20))
+    assert sum(results["histogram"]["counts"]) == 20
+    assert results["most_likely"][0] == {"image": 19, "nats_per_pixel": 0.0}
+    assert results["least_likely"][0] == {"image": 0, "nats_per_pixel": 19.0}
+    assert "| nats per pixel | 9.500 | 1.323 | 5.916 | 2.079 |" in likelihood.table(results)
+
+
+def test_detection_by_hand() -> None:
+    # (inside, outside) pairs: 7 of 8 in order, one of them a tie
+    found = ood.detection(np.array([0.0, 1, 2, 3]), np.array([3.0, 4]))
+    assert found["auroc"] == pytest.approx(7.5 / 8)
+    # thresholds 4, 3: precision 1 at recall 1/2, then 2/3 at recall 1
+    assert found["aupr"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert found["fpr"] == 0.5  # all four are kept up to 3, and with them the other at 3
+    inside = np.arange(100.0)
+    assert ood.detection(inside, np.array([94.0, 94.5, 95.0, 200.0]))["fpr"] == 0.25
+    assert ood.detection(inside, inside)["auroc"] == 0.5
+
+
+def test_unsupervised_scores_by_hand(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = np.array([[2.0, 0], [-2, 0], [0, 2], [0, -2]] * 10)  # covariance 2 I
+    other = np.array([[3.0, 4.0], [0.0, 1.0]])
+    features = type(subject.features)
+    pick = lambda images, own, given: own if len(images) == 40 else given  # noqa: E731
+    monkeypatch.setattr(features, "encoding", lambda _, i: pick(i, train, other))
+    monkeypatch.setattr(
+        features, "log_prob", lambda _, i: pick(i, np.full(40, -10.0), np.array([-7.0, -14.0]))
+    )
+    scores = ood.unsupervised_scores(subject)
+    images = tiny_run.noise_images(2)
+    assert scores["likelihood"](images).tolist() == [7, 14]
+    assert scores["typicality"](images).tolist() == [3, 4]
+    # Ledoit and Wolf leave a multiple of the identity as it is
+    np.testing.assert_allclose(scores["Mahalanobis distance"](images), [25 / 2, 1 / 2])
+    # at length 1, the third neighbour is one of ten equal ones
+    np.testing.assert_allclose(
+        scores["distance to neighbour 3"](images), [math.hypot(0.6, 0.2), 0], atol=1e-7
+    )
+    bits = []
+    for image in subject.run.quantize(images).numpy():
+        content = io.BytesIO()
+        Image.fromarray(image).save(content, "PNG", optimize=True)
+        bits.append(8 * len(content.getvalue()))
+    np.testing.assert_allclose(scores["compressed size"](images), [-bits[0], -bits[1]])
+    expected = np.array([7, 14]) / math.log(2) - bits
+    np.testing.assert_allclose(scores["likelihood corrected by size"](images), expected)
+
+
+def test_supervised_scores_by_hand(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = np.log([[0.5, 0.25, 0.25], [2.0, 6.0, 2.0]])
+    monkeypatch.setattr(probe, "logits", lambda *_: logits)
+    scores = ood.supervised_scores(subject)
+    assert list(scores) == ["probe: softmax", "probe: energy"]
+    images = tiny_run.noise_images(2)
+    np.testing.assert_allclose(scores["probe: softmax"](images), [-0.5, -0.6])
+    np.testing.assert_allclose(scores["probe: energy"](images), [0, -math.log(10)], atol=1e-12)
+
+
+def test_images_that_are_likelier_than_the_runs_own_are_pointed_out(
+    run: Run, tmp_path: Path
+) -> None:
+    likely = int(run.log_prob(tiny_run.noise_images(200)).argmax())
+    np.savez(tmp_path / "likely.npz", images=tiny_run.noise_images(200)[[likely] * 20])
+    options = Options(ood=(str(tmp_path / "likely.npz"),))
+    noise = ImageSet(tiny_run.noise_images(60, seed=7), None)
+    dataset = replace(tiny_run.color_classes(), train=noise, test=noise)
+    results = ood.measure(Subject(run, dataset, tmp_path, options, progress=False))
+    assert results["sets"]["likely"]["scores"]["likelihood"]["auroc"] < 0.5
+    assert results["notes"][-1].startswith("The run finds likely more likely than its own test")
+    assert results["notes"][-1] in ood.table(results)
+
+
+def test_reliability_by_hand() -> None:
+    top = np.array([0.8] * 5 + [0.62] * 5)
+    probabilities = np.stack((top, 1 - top), 1)
+    labels = np.array([3, 3, 3, 7, 7, 3, 3, 3, 3, 3])
+    found = calibration.reliability(probabilities, np.array([3, 7]), labels)
+    assert found["accuracy"] == 0.8
+    assert found["confidence"] == pytest.approx(0.71)
+    assert found["calibration_error"] == pytest.approx((0.2 + 0.38) / 2, abs=1e-6)
+    filled = {i: entry for i, entry in enumerate(found["reliability"]) if entry["images"]}
+    assert list(filled) == [9, 12]  # 15 bins, of 1/15 each
+    assert filled[9] == {"images": 5, "confidence": pytest.approx(0.62), "accuracy": 1.0}
+    assert filled[12] == {"images": 5, "confidence": pytest.approx(0.8), "accuracy": 0.6}
+
+
+def test_the_calibration_error_is_that_of_the_bins_that_are_drawn() -> None:
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.ones(3), 500)
+    labels = rng.integers(0, 3, 500)
+    found = calibration.reliability(probabilities, np.arange(3), labels)
+    gap = sum(
+        entry["images"] / 500 * abs(entry["accuracy"] - entry["confidence"])
+        for entry in found["reliability"]
+        if entry["images"]
+    )
+    assert found["calibration_error"] == pytest.approx(gap, abs=1e-6)
+
+
+def test_finetuning_lowers_the_loss_of_the_labels_and_leaves_the_run_alone(run: Run) -> None:
+    dataset = tiny_run.color_classes()
+    before = run.log_prob(dataset.test.images)
+    optim = replace(run.config.optim, steps=40, learning_rate=3e-3, warmup_steps=4, batch_size=20)
+    options = {"progress": False, "name": "test"}
+    alone, kept = (
+        finetuning.train_classifier(run, dataset.train, optim, alpha=alpha, **options)
+        for alpha in (0.0, 1.0)
+    )
+    for classifier in (alone, kept):
+        logits = classifier.logits(classifier.run.encode(dataset.test.images).numpy())
+        assert np.mean(classifier.classes[logits.argmax(1)] == dataset.test.labels) > 0.8
+    assert torch.equal(run.log_prob(dataset.test.images), before)
+    nats = [-c.run.log_prob(dataset.test.images).mean() for c in (alone, kept)]
+    assert nats[1] < 0.5 * min(nats[0], -before.mean())  # forgetting alone changes it less
+
+
+def test_finetuned_networks_are_kept(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert finetuning.find(subject) == {}
+    results = finetuning.measure(subject)
+    monkeypatch.setattr(finetuning, "train_classifier", None)  # nothing is trained
+    assert finetuning.measure(subject) == results
+    assert set(finetuning.find(subject)) == set(finetuning.KEPT)
+    other = replace(subject, options=replace(subject.options, finetuning_steps=3))
+    assert finetuning.find(other) == {}
+
+
+class Means(torch.nn.Module):
+    """Two features of an image: the means of its first two channels."""
+
+    num_features = 2
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, :2].double().mean((2, 3))
+
+
+def test_the_frechet_distance_by_hand() -> None:
+    real = torch.zeros(4, 4, 4, 3, dtype=torch.uint8)
+    real[2:, :, :, 0] = 6  # first channel: mean 3, variance 12
+    generated = torch.full((4, 4, 4, 3), 1, dtype=torch.uint8)
+    distance = samples.frechet_distance(real, generated, FrechetInceptionDistance(Means()))
+    assert distance == pytest.approx((3 - 1) ** 2 + 1**2 + 12, rel=1e-4)
+
+
+def test_samples_for_the_distance_are_drawn_once(subject: Subject, monkeypatch) -> None:
+    drawn = samples.draw_images(subject, 5)
+    assert torch.equal(drawn, subject.run.sample(5, seed=0))
+    monkeypatch.setattr(Run, "sample", None)
+    assert torch.equal(samples.draw_images(subject, 5), drawn)
+
+
+def test_inception_weights_that_cannot_be_read(subject: Subject, tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"none")
+    with pytest.raises(ConfigError, match=r"torch-fidelity|cannot be read as Inception weights"):
+        samples.inception_metric(tmp_path / "weights.pth")
+    assert "takes --inception" in samples.table(samples.measure(subject))
