@@ -86,7 +86,7 @@ def test_none_takes_the_best_that_serves_the_device(without) -> None:
     best = "reference" if unavailable("cpu") else "cpu"
     assert choose("quantize_colors", None, ANY) == best
     assert choose("quantize_colors", None, ANY.to("meta")) == "reference"
-    assert choose("linear_color_cross_entropy", None, ANY) == "reference"
+    assert choose("linear_color_cross_entropy", None, ANY) == best
     without("cpu", "it is gone")
     assert choose("quantize_colors", None, ANY) == "reference"
 

@@ -89,7 +89,7 @@ def row_gradients(
         WHOLE,
         PRECISION,
     )
-    p = tl.exp2(s - load_lse(lse, out_row, out_strides, positions, length, D, UNIT)[:, None])
+    p = tl.exp(s - load_lse(lse, out_row, out_strides, positions, length, D, UNIT)[:, None])
     dv_tile = dot(tl.trans(narrow(p, q_tile.dtype)), do_tile, zeros, PRECISION)
     dv_row = row_offset(line, head, sizes, dv_strides, LINE_DIMS)
     store(dv_tile, dv, dv_row, dv_strides, positions, features, length, D, UNIT, WHOLE)

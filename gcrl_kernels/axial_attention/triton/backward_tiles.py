@@ -128,7 +128,7 @@ def tile_kernel(
                 WHOLE,
                 PRECISION,
             )
-            p = tl.exp2(s - lse_tile[:, None])
+            p = tl.exp(s - lse_tile[:, None])
             dp = dot(do_tile, tl.trans(v_tile), tl.zeros((OWN, OTHER), tl.float32), PRECISION)
             ds = narrow(p * (dp - delta[:, None]), k_tile.dtype)
             dq_tile = dot(ds, k_tile, dq_tile, PRECISION)
@@ -168,7 +168,7 @@ def tile_kernel(
                 WHOLE,
                 PRECISION,
             )
-            p = tl.exp2(s - lse_tile[:, None])
+            p = tl.exp(s - lse_tile[:, None])
             dv_tile = dot(tl.trans(narrow(p, q_tile.dtype)), do_tile, dv_tile, PRECISION)
             dp = dot(do_tile, tl.trans(v_tile), tl.zeros((OTHER, OWN), tl.float32), PRECISION)
             ds = narrow(p * (dp - delta[:, None]), q_tile.dtype)
@@ -261,7 +261,7 @@ def bias_kernel(
             WHOLE,
             PRECISION,
         )
-        p = tl.exp2(s - lse_tile[:, None])
+        p = tl.exp(s - lse_tile[:, None])
         dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK, BLOCK), tl.float32), PRECISION)
         dbias += p * (dp - delta[:, None])
     queries = first_query + positions

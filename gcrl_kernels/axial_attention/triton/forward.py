@@ -17,7 +17,7 @@ from gcrl_kernels.axial_attention.triton.rows import (
     scores,
     store,
 )
-from gcrl_kernels.triton_common import LN2, narrow
+from gcrl_kernels.triton_common import narrow
 
 
 @triton.jit(do_not_specialize=["heads", "length"])
@@ -80,7 +80,7 @@ def row_kernel(
     )
     highest = tl.max(s, 1)
     highest = tl.where(highest == float("-inf"), 0.0, highest)  # a query without a key
-    p = tl.exp2(s - highest[:, None])
+    p = tl.exp(s - highest[:, None])
     total = tl.sum(p, 1)
     zeros = tl.zeros((BLOCK, FEATURES), tl.float32)
     values = dot(narrow(p, v_tile.dtype), v_tile, zeros, PRECISION)
@@ -88,7 +88,7 @@ def row_kernel(
     out_row = row_offset(line, head, sizes, out_strides, LINE_DIMS)
     store(values, out, out_row, out_strides, positions, features, length, D, UNIT, WHOLE)
     where = lse_pointers(lse, out_row, out_strides, positions, D, UNIT)
-    tl.store(where, (highest + tl.log2(total)) * LN2, mask=positions < length)
+    tl.store(where, highest + tl.log(total), mask=positions < length)
 
 
 @triton.jit(do_not_specialize=["heads", "length"])
@@ -163,8 +163,8 @@ def tile_kernel(
         before = highest
         highest = tl.maximum(before, tl.max(s, 1))
         base = tl.where(highest == float("-inf"), 0.0, highest)  # no key so far
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(before - base)
+        p = tl.exp(s - base[:, None])
+        shrink = tl.exp(before - base)
         total = total * shrink + tl.sum(p, 1)
         values = dot(narrow(p, v_tile.dtype), v_tile, values * shrink[:, None], PRECISION)
     values = values / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -172,4 +172,4 @@ def tile_kernel(
     store(values, out, out_row, out_strides, queries, features, length, D, UNIT, WHOLE)
     base = tl.where(highest == float("-inf"), 0.0, highest)
     where = lse_pointers(lse, out_row, out_strides, queries, D, UNIT)
-    tl.store(where, (base + tl.log2(total)) * LN2, mask=queries < length)
+    tl.store(where, base + tl.log(total), mask=queries < length)

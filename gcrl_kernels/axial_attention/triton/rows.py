@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gcrl_kernels.triton_common import INTERPRETED, LOG2E, narrow
+from gcrl_kernels.triton_common import INTERPRETED, narrow
 
 
 @triton.jit
@@ -105,13 +105,13 @@ def lse_pointers(lse, offset, strides, positions, D: tl.constexpr, UNIT: tl.cons
 
 @triton.jit
 def load_lse(lse, offset, strides, queries, length, D: tl.constexpr, UNIT: tl.constexpr):
-    """A row's log-sum-exps, of base 2; 0 where there is no key, infinite beyond the length.
+    """A row's log-sum-exps; 0 where there is no key, infinite beyond the length.
 
-    exp2(score - lse) is then zero for a query that has no key, or that is none.
+    exp(score - lse) is then zero for a query that has no key, or that is none.
     """
     where = lse_pointers(lse, offset, strides, queries, D, UNIT)
     values = tl.load(where, mask=queries < length, other=float("inf"))
-    return tl.where(values == float("-inf"), 0.0, values * LOG2E)
+    return tl.where(values == float("-inf"), 0.0, values)
 
 
 @triton.jit
@@ -149,17 +149,17 @@ def scores(
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(scale q kᵀ + bias) log2 e, [queries, keys]; -inf where a query may not attend to a key."""
+    """scale q kᵀ + bias, [queries, keys]; -inf where a query may not attend to a key."""
     zeros = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
-    s = dot(q, tl.trans(k), zeros, PRECISION) * (scale * LOG2E)
+    s = dot(q, tl.trans(k), zeros, PRECISION) * scale
     if bias is not None:
         where = bias + head.to(tl.int64) * length * length
         where += queries[:, None] * length + keys[None, :]
         if WHOLE:
-            s += tl.load(where) * LOG2E
+            s += tl.load(where)
         else:
             inside = (queries[:, None] < length) & (keys[None, :] < length)
-            s += tl.load(where, mask=inside, other=0.0) * LOG2E
+            s += tl.load(where, mask=inside, other=0.0)
     if CAUSAL:
         s = tl.where(queries[:, None] >= keys[None, :], s, float("-inf"))
     if mask is not None:
