@@ -4,8 +4,8 @@
 #include <cstdint>
 
 #include "axial_attention/logits.cuh"
-#include "axial_attention/products.cuh"
 #include "axial_attention/tiles.cuh"
+#include "common/products.cuh"
 
 namespace gcrl_kernels {
 

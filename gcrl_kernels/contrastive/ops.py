@@ -22,6 +22,7 @@ IMPLEMENTATIONS = {
         reference.forward, reference.backward, reference.block_lse, reference.block_gradient
     ),
     "cpu": implementation(lambda: torch.ops.gcrl_kernels_cpu),
+    "cuda": implementation(lambda: torch.ops.gcrl_kernels_cuda),
 }
 
 _SCALE = "Tensor? scale"

@@ -2,21 +2,22 @@
 
 #include <cstdint>
 
-#include "axial_attention/tiles.cuh"
 #include "common/ptx.cuh"
+#include "common/tiles.cuh"
 
 namespace gcrl_kernels {
 
 // The products of a warp's 16 rows. Scores [16, 8 kTiles] lie in registers as mma.m16n8k16 leaves
 // them: s[n][e] is row `lane / 4 + 8 (e / 2)`, column `8n + 2 (lane % 4) + e % 2`. Sums [16,
 // kFeatures] are laid out as each type likes it best; row_half says which of a lane's two rows a
-// number belongs to.
+// number belongs to, and feature where it is in its row.
 template <typename T, int kFeatures>
 struct Products {
   static constexpr int kRowBytes = Tile<T, kFeatures>::kRowBytes;
   static constexpr int kSums = kFeatures / 8;
 
   static constexpr int row_half(int /*n*/, int e) { return e / 2; }
+  static __device__ int feature(int n, int e) { return 8 * n + Lane().column() + e % 2; }
 
   // scores += rows [16, kFeatures] columns [8 kTiles, kFeatures]ᵀ
   template <int kTiles>
@@ -64,10 +65,10 @@ struct Products {
   }
 
   // Writes sums times `factor` of each row into positions from `begin` of a row in device memory.
+  template <typename Rows>
   static __device__ __forceinline__ void store(const float (&sums)[kSums][4],
-                                               const float (&factor)[2],
-                                               const StridedRows<T>& tensor, T* row, int begin,
-                                               int length, int features) {
+                                               const float (&factor)[2], const Rows& tensor, T* row,
+                                               int begin, int length, int features) {
     const Lane lane;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -125,6 +126,7 @@ struct Products<float, kFeatures> {
   static constexpr int kSums = kFeatures / 8;
 
   static constexpr int row_half(int n, int /*e*/) { return n % 2; }
+  static __device__ int feature(int n, int e) { return n / 2 * 16 + Lane().number % 4 * 4 + e; }
 
   template <int kTiles>
   static __device__ __forceinline__ void scores(float (&s)[kTiles][4], Tile<float, kFeatures> rows,
@@ -180,10 +182,10 @@ struct Products<float, kFeatures> {
     }
   }
 
+  template <typename Rows>
   static __device__ __forceinline__ void store(const float (&sums)[kSums][4],
-                                               const float (&factor)[2],
-                                               const StridedRows<float>& tensor, float* row,
-                                               int begin, int length, int features) {
+                                               const float (&factor)[2], const Rows& tensor,
+                                               float* row, int begin, int length, int features) {
     const Lane lane;
 #pragma unroll
     for (int n = 0; n < kSums; ++n) {
