@@ -94,7 +94,9 @@ def row_gradients(
     dv_row = row_offset(line, head, sizes, dv_strides, LINE_DIMS)
     store(dv_tile, dv, dv_row, dv_strides, positions, features, length, D, UNIT, WHOLE)
     dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK, BLOCK), tl.float32), PRECISION)
-    ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+    total = tl.sum(p, 1)  # 1, but for the rounding of the log-sum-exp
+    delta = tl.sum(p * dp, 1) / tl.where(total == 0.0, 1.0, total)
+    ds = p * (dp - delta[:, None])
     narrowed = narrow(ds, q_tile.dtype)
     dq_tile = dot(narrowed, k_tile, zeros, PRECISION) * scale
     dq_row = row_offset(line, head, sizes, dq_strides, LINE_DIMS)
