@@ -13,9 +13,11 @@ from torch import Tensor
 
 from gcrl_kernels.contrastive.launch import CANDIDATES
 from gcrl_kernels.contrastive.reference import NEGATIVES, OTHER_HALF
-from gcrl_kernels.contrastive.triton.embeddings import pack_kernel
+from gcrl_kernels.contrastive.triton.backward import backward_kernel
+from gcrl_kernels.contrastive.triton.embeddings import finish_kernel, pack_kernel
 from gcrl_kernels.contrastive.triton.forward import forward_kernel
 from gcrl_kernels.contrastive.triton.settings import (
+    MOST_WEIGHT,
     PACKING,
     SPARE,
     features_at_a_time,
@@ -41,9 +43,41 @@ def contrast(
     views, further = pack((z0, z1), normalize), pack((negatives,), normalize)
     halves = CANDIDATES[candidates] == OTHER_HALF
     _forward(
-        views, views, further, (classes, share, scale, scale_value), losses, *lse,
+        views, views, further, (classes, share, scale, scale_value), losses, lse[0], lse[1],
         0, excluded(candidates), halves,
     )  # fmt: skip
+
+
+def contrast_backward(
+    grad: Tensor,  # float32 [n]
+    z0: Tensor,
+    z1: Tensor | None,
+    negatives: Tensor | None,
+    classes: Tensor | None,
+    share: Tensor | None,
+    scale: Tensor | None,
+    lse: Tensor,  # float32 [2, n]
+    scale_value: float,
+    candidates: int,
+    normalize: bool,
+    dz0: Tensor,  # to be written
+    dz1: Tensor | None,
+    dscale: Tensor,  # float32, a scalar
+) -> None:
+    views, further = pack((z0, z1), normalize), pack((negatives,), normalize)
+    halves = CANDIDATES[candidates] == OTHER_HALF
+    unit = None
+    if z0.dtype == torch.float16:  # in which the weights of a large batch would be subnormal
+        largest = torch.linalg.vector_norm(grad, torch.inf)
+        unit = torch.where(largest > 0, largest, 1.0) / MOST_WEIGHT
+        grad = grad / unit
+    numbers = (*lse, grad)
+    pull, partial = _backward(
+        views, numbers, views, numbers, further, (classes, share, scale, scale_value),
+        torch.aminmax(lse[0]), 0, excluded(candidates), halves, True,
+    )  # fmt: skip
+    sum_of(partial, unit, dscale)
+    finish(pull, views, (z0, z1), (scale, scale_value, unit), normalize, (dz0, dz1))
 
 
 def contrast_block_lse(
@@ -64,12 +98,40 @@ def contrast_block_lse(
     )  # fmt: skip
 
 
+def contrast_block_gradient(
+    rows: Tensor,  # float32 [n, D]
+    row_lse: Tensor,  # float32 [n]
+    row_grad: Tensor,  # float32 [n]
+    columns: Tensor,  # float32 [m, D]
+    column_lse: Tensor | None,  # float32 [m]
+    column_grad: Tensor | None,
+    scale: Tensor | None,
+    scale_value: float,
+    candidates: int,
+    diagonal: int,
+    drows: Tensor,  # to be written
+    dscale: Tensor,  # float32, a scalar
+) -> None:
+    if len(rows) == 0:
+        dscale.zero_()
+        return
+    packed = pack((rows,), False)
+    everyone = row_lse if column_lse is None else torch.cat([row_lse, column_lse])
+    pull, partial = _backward(
+        packed, (row_lse, None, row_grad), pack((columns,), False), (column_lse, None, column_grad),
+        pack((None,), False), (None, None, scale, scale_value), torch.aminmax(everyone),
+        diagonal, excluded(candidates, diagonal), False, False,
+    )  # fmt: skip
+    sum_of(partial, None, dscale)
+    finish(pull, packed, (rows,), (scale, scale_value, None), False, (drows,))
+
+
 class Packed(NamedTuple):
     """Embeddings as the kernels take them (embeddings.py)."""
 
     z: Tensor | None  # None where there are none
     norms: Tensor | None
-    count: int
+    size: int
     features: int
 
 
@@ -149,11 +211,78 @@ def _forward(
     constants, setting = tile_constants("forward", rows, excluded, halves)
     launch(
         forward_kernel,
-        tiles_of(rows.count, setting.tile[0], halves),
+        tiles_of(rows.size, setting.tile[0], halves),
         (
             *(rows.z, columns.z, further.z, *options, losses, lse, rest),
-            *(rows.count, columns.count, further.count, own),
+            *(rows.size, columns.size, further.size, own),
         ),
         constants,
         setting,
     )
+
+
+def _backward(
+    rows: Packed,
+    row_numbers: tuple[Any, ...],  # lse, what its rounding lost, the losses' gradients
+    columns: Packed,
+    column_numbers: tuple[Any, ...],
+    further: Packed,
+    options: tuple[Any, ...],
+    bounds: tuple[Tensor, ...],  # of all log-sum-exps
+    own: int,
+    excluded: int,
+    halves: bool,
+    positives: bool,
+) -> tuple[Tensor, Tensor]:
+    """Σ_k W_ik z_k, packed, and the parts of the scale's gradient."""
+    constants, setting = tile_constants("backward", rows, excluded, halves)
+    z = rows.z
+    assert z is not None
+    at_a_time = features_at_a_time(kind_of(z), rows.features)
+    parts = constants["WIDTH"] // at_a_time
+    pull = torch.empty_like(z, dtype=torch.float32)
+    partial = pull.new_empty(parts, rows.size)
+    launch(
+        backward_kernel,
+        tiles_of(rows.size, setting.tile[0], halves) * parts,
+        (
+            *(z, *row_numbers, columns.z, *column_numbers, further.z, *options, *bounds),
+            *(pull, partial, rows.size, columns.size, further.size, own),
+        ),
+        {"FEATURES": at_a_time, "POSITIVES": positives, **constants},
+        setting,
+    )
+    return pull, partial
+
+
+def sum_of(partial: Tensor, unit: Tensor | None, total: Tensor) -> None:
+    """In a fixed order."""
+    exact = partial.sum(dtype=torch.float64)
+    total.copy_(exact if unit is None else exact * unit)
+
+
+def finish(
+    pull: Tensor,
+    packed: Packed,
+    given: tuple[Tensor | None, ...],
+    options: tuple[Any, ...],
+    normalize: bool,
+    gradients: tuple[Tensor | None, ...],
+) -> None:
+    """The gradients of what was given."""
+    first = 0
+    for tensor, gradient in zip(given, gradients, strict=True):
+        if tensor is None or gradient is None:
+            continue
+        constants, setting = packing(tensor)
+        launch(
+            finish_kernel,
+            triton.cdiv(len(tensor), setting.tile[0]),
+            (
+                *(pull, tensor, packed.norms, *options, gradient),
+                *(tensor.stride(0), len(tensor), first),
+            ),
+            {"NORMALIZE": normalize, **constants},
+            setting,
+        )
+        first += len(tensor)

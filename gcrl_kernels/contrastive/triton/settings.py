@@ -6,6 +6,8 @@ from gcrl_kernels.triton_common import GENERATIONS, Setting, padded
 
 MOST_FEATURES = {"half": 256, "single": 128}  # of a gradient that a program holds
 SPARE = 128  # zero rows after packed ones: the most rows or columns of a tile
+# In float16, of the weight of a pair that is a part of two losses; then 2^-28 is a normal number.
+MOST_WEIGHT = 2.0**14
 PACKING = 1024  # numbers of a program that packs or finishes embeddings
 
 # Rows, columns and features of a similarity at a time.
