@@ -27,11 +27,11 @@ TILES: dict[tuple[str, str, int], tuple[Setting, ...]] = {
     ("backward", "half", 256): (Setting((64, 64, 64), 8, 2),) * 3,
     ("forward", "single", 16): (Setting((32, 32, 16), 4, 2),) * 3,
     ("forward", "single", 32): (Setting((32, 32, 32), 4, 2),) * 3,
-    ("forward", "single", 64): (Setting((32, 32, 32), 4, 2),) * 3,
+    ("forward", "single", 64): (Setting((32, 32, 16), 4, 2),) * 3,
     ("forward", "single", 128): (Setting((32, 32, 32), 4, 2),) * 3,
     ("backward", "single", 16): (Setting((32, 32, 16), 4),) * 3,
     ("backward", "single", 32): (Setting((32, 32, 32), 4),) * 3,
-    ("backward", "single", 64): (Setting((32, 32, 32), 8),) * 3,
+    ("backward", "single", 64): (Setting((32, 32, 16), 8),) * 3,
     ("backward", "single", 128): (Setting((32, 32, 32), 8),) * 3,
 }
 
