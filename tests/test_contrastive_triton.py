@@ -70,7 +70,7 @@ class Losses(NamedTuple):
         return losses.cpu()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def losses() -> Iterator[Losses]:
     """New memory holds NaN."""
     torch.use_deterministic_algorithms(True)
@@ -101,167 +101,165 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("count, features, dtype", CASES)
-def test_the_four_losses(losses, count, features, dtype) -> None:
-    inputs, labels = pair(count, features), torch.arange(count) % 7
-    none: dict[str, Any] = {"reduction": "none"}
-    assert_as_accurate(losses.nt_xent, partial(plain, **none), inputs, dtype, scale=2.0)
-    assert_as_accurate(
-        losses.info_nce, lambda a, b: plain_info_nce(a, b, 4.0, **none), inputs, dtype, scale=4.0
-    )
-    if count == 1:  # nobody else
-        return
-    assert_as_accurate(losses.dcl, partial(plain_dcl, **none), inputs, dtype, scale=2.0)
-    assert_as_accurate(
-        lambda z: losses.supcon(z, labels),
-        lambda z: plain_supcon(z, labels, **none), inputs[:1], dtype, scale=2.0,
-    )  # fmt: skip
+class TestKernels:
+    """In the interpreter, or on a GPU."""
 
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature, further", [(1.0, 70), (0.1, 0), (0.01, 3), (-0.05, 40)])
-def test_temperatures_and_negatives(losses, dtype, temperature, further) -> None:
-    """The temperature's gradient too."""
-    negatives = torch.randn(further, 24).to(dtype) if further else None
-    options: dict[str, Any] = {"reduction": "none", "negatives": negatives}
-    inputs = [*pair(40, 24), torch.tensor(temperature)]
-    for ours, theirs in ((losses.nt_xent, plain), (losses.dcl, plain_dcl)):
+    @pytest.mark.parametrize("count, features, dtype", CASES)
+    def test_the_four_losses(self, losses, count, features, dtype) -> None:
+        inputs, labels = pair(count, features), torch.arange(count) % 7
+        none: dict[str, Any] = {"reduction": "none"}
+        assert_as_accurate(losses.nt_xent, partial(plain, **none), inputs, dtype, scale=2.0)
         assert_as_accurate(
-            partial(ours, negatives=negatives), partial(theirs, **options), inputs, dtype
+            losses.info_nce,
+            lambda a, b: plain_info_nce(a, b, 4.0, **none),
+            inputs,
+            dtype,
+            scale=4.0,
         )
+        if count == 1:  # nobody else
+            return
+        assert_as_accurate(losses.dcl, partial(plain_dcl, **none), inputs, dtype, scale=2.0)
+        assert_as_accurate(
+            lambda z: losses.supcon(z, labels),
+            lambda z: plain_supcon(z, labels, **none), inputs[:1], dtype, scale=2.0,
+        )  # fmt: skip
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("temperature, further", [(1.0, 70), (0.1, 0), (0.01, 3), (-0.05, 40)])
+    def test_temperatures_and_negatives(self, losses, dtype, temperature, further) -> None:
+        """The temperature's gradient too."""
+        negatives = torch.randn(further, 24).to(dtype) if further else None
+        options: dict[str, Any] = {"reduction": "none", "negatives": negatives}
+        inputs = [*pair(40, 24), torch.tensor(temperature)]
+        for ours, theirs in ((losses.nt_xent, plain), (losses.dcl, plain_dcl)):
+            assert_as_accurate(
+                partial(ours, negatives=negatives), partial(theirs, **options), inputs, dtype
+            )
 
-@pytest.mark.parametrize("dtype", [FP32, FP16])
-def test_classes_with_further_negatives(losses, dtype) -> None:
-    z, negatives = torch.randn(90, 20), torch.randn(30, 20).to(dtype)
-    labels = torch.arange(90) % 44  # two have one positive alone; then some have none
-    labels[:3] = torch.tensor([90, 91, 92])
-    assert_as_accurate(
-        lambda z: losses.supcon(z, labels, 0.1, negatives),
-        lambda z: plain_supcon(z, labels, 0.1, reduction="none", negatives=negatives),
-        [z], dtype,
-    )  # fmt: skip
+    @pytest.mark.parametrize("dtype", [FP32, FP16])
+    def test_classes_with_further_negatives(self, losses, dtype) -> None:
+        z, negatives = torch.randn(90, 20), torch.randn(30, 20).to(dtype)
+        labels = torch.arange(90) % 44  # two have one positive alone; then some have none
+        labels[:3] = torch.tensor([90, 91, 92])
+        assert_as_accurate(
+            lambda z: losses.supcon(z, labels, 0.1, negatives),
+            lambda z: plain_supcon(z, labels, 0.1, reduction="none", negatives=negatives),
+            [z], dtype,
+        )  # fmt: skip
 
-
-@given(
-    count=st.integers(1, 40),
-    features=st.integers(1, 40),
-    temperature=st.sampled_from([1.0, 0.2, 0.01, -0.1]),
-    unit=st.booleans(),
-    further=st.integers(0, 40),
-    stride=st.integers(1, 3),
-)
-@settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_any_batch(losses, count, features, temperature, unit, further, stride) -> None:
-    negatives = torch.randn(further, features) if further else None
-    if not unit:  # their scores are large enough
-        temperature = math.copysign(1.0, temperature)
-    options: dict[str, Any] = {"negatives": negatives, "unit": unit}
-
-    def laid_out(z: Tensor) -> Tensor:
-        """With that stride over features, and rows farther apart."""
-        wide = z.new_zeros(len(z), stride * features + 3)
-        return wide[:, : stride * features : stride].copy_(z)
-
-    largest = (1 if unit else 4 * features) * 4 / abs(temperature)
-    assert_as_accurate(
-        lambda *z: losses.nt_xent(*map(laid_out, z), temperature, **options),
-        lambda *z: plain(*z, temperature, reduction="none", **options),
-        pair(count, features), FP32, scale=largest,
-    )  # fmt: skip
-
-
-def test_scores_that_lie_far_apart(losses) -> None:
-    """Rows of very different lengths: one exponential no longer serves both sides."""
-    z0, z1 = pair(70, 8)
-    lengths = torch.linspace(0.1, 30, 70)[:, None]
-    inputs, labels = [z0 * lengths, z1 * lengths.flip(0)], torch.arange(70) % 4
-    options: dict[str, Any] = {"reduction": "none", "unit": False}
-    for ours, theirs in ((losses.nt_xent, plain), (losses.dcl, plain_dcl)):
-        assert_as_accurate(partial(ours, unit=False), partial(theirs, **options), inputs, FP32)
-    assert_as_accurate(
-        lambda z: losses.supcon(z, labels, unit=False),
-        lambda z: plain_supcon(z, labels, **options), inputs[:1], FP32,
-    )  # fmt: skip
-
-
-def test_large_scores_round_no_weights(losses) -> None:
-    """All scores are about 1,000: rounding its log-sum-exp there shifts a row's whole gradient."""
-    inputs = [(math.sqrt(1000 / 16) + z / 16) / 32 for z in pair(70, 16)]
-    assert_as_accurate(
-        lambda *z: losses.nt_xent(*z, 2.0**-10, unit=False).sum(),
-        lambda *z: plain(*z, 2.0**-10, unit=False, reduction="sum"), inputs, FP32,
-    )  # fmt: skip
-
-
-def test_lse_keeps_what_its_rounding_loses(losses) -> None:
-    """All scores are 1,000, exactly."""
-    z = losses.here(torch.eye(1, 5).repeat(20, 1))
-    options = (None, None, None, None, 1000.0, OTHERS, True, "triton")
-    _, lse = ops.contrast(z, z, *options)
-    expected = torch.full((40,), 1000 + math.log(39), dtype=torch.float64)
-    torch.testing.assert_close(lse.cpu().double().sum(0), expected, rtol=0, atol=2e-6)
-
-
-def test_small_gradients_survive_in_float16(losses) -> None:
-    """The weights of a mean over very many anchors are no float16 numbers."""
-    z0, z1 = (z.half().requires_grad_() for z in pair(20, 16, scale=2.0**-8))
-    large, small = (
-        torch.autograd.grad(losses.nt_xent(z0, z1), z0, torch.full((40,), upstream))[0].float()
-        for upstream in (1.0, 2.0**-16)
+    @given(
+        count=st.integers(1, 40),
+        features=st.integers(1, 40),
+        temperature=st.sampled_from([1.0, 0.2, 0.01, -0.1]),
+        unit=st.booleans(),
+        further=st.integers(0, 40),
+        stride=st.integers(1, 3),
     )
-    error = (small * 2.0**16 - large).abs().max()
-    assert error <= 2e-3 * large.abs().max()
+    @settings(
+        max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    )
+    def test_any_batch(self, losses, count, features, temperature, unit, further, stride) -> None:
+        negatives = torch.randn(further, features) if further else None
+        if not unit:  # their scores are large enough
+            temperature = math.copysign(1.0, temperature)
+        options: dict[str, Any] = {"negatives": negatives, "unit": unit}
 
+        def laid_out(z: Tensor) -> Tensor:
+            """With that stride over features, and rows farther apart."""
+            wide = z.new_zeros(len(z), stride * features + 3)
+            return wide[:, : stride * features : stride].copy_(z)
 
-@pytest.mark.parametrize("candidates", [OTHERS, NEGATIVES])
-@pytest.mark.parametrize("rows, columns, diagonal", [(34, 140, 50), (6, 9, None), (70, 70, 0)])
-def test_blocks(losses, candidates, rows, columns, diagonal) -> None:
-    """Rows against columns, as processes have them."""
-    z, others = torch.randn(rows, 20) / 4, torch.randn(columns, 20) / 4
-    scale = torch.tensor(3.0)
+        largest = (1 if unit else 4 * features) * 4 / abs(temperature)
+        assert_as_accurate(
+            lambda *z: losses.nt_xent(*map(laid_out, z), temperature, **options),
+            lambda *z: plain(*z, temperature, reduction="none", **options),
+            pair(count, features), FP32, scale=largest,
+        )  # fmt: skip
 
-    def both(operator: Any, *arguments: Any) -> list[Any]:
-        here = [losses.here(a) if isinstance(a, Tensor) else a for a in arguments]
-        return [operator(*here, "triton"), operator(*arguments, "reference")]
+    def test_scores_that_lie_far_apart(self, losses) -> None:
+        """Rows of very different lengths: one exponential no longer serves both sides."""
+        z0, z1 = pair(70, 8)
+        lengths = torch.linspace(0.1, 30, 70)[:, None]
+        inputs, labels = [z0 * lengths, z1 * lengths.flip(0)], torch.arange(70) % 4
+        options: dict[str, Any] = {"reduction": "none", "unit": False}
+        for ours, theirs in ((losses.nt_xent, plain), (losses.dcl, plain_dcl)):
+            assert_as_accurate(partial(ours, unit=False), partial(theirs, **options), inputs, FP32)
+        assert_as_accurate(
+            lambda z: losses.supcon(z, labels, unit=False),
+            lambda z: plain_supcon(z, labels, **options), inputs[:1], FP32,
+        )  # fmt: skip
 
-    lse, expected_lse = both(ops.block_lse, z, others, scale, 0.0, candidates, diagonal)
-    torch.testing.assert_close(lse.cpu(), expected_lse)
-    for numbers in ((torch.rand(columns) + 3, torch.rand(columns)), (None, None)):
-        options = (expected_lse, torch.rand(rows), others, *numbers, scale, 0.0, candidates)
-        for actual, expected in zip(*both(ops.block_gradient, z, *options, diagonal), strict=True):
-            torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-5)
+    def test_large_scores(self, losses) -> None:
+        """All scores are about 1,000."""
+        inputs = [(math.sqrt(1000 / 16) + z / 16) / 32 for z in pair(70, 16)]
+        assert_as_accurate(
+            lambda *z: losses.nt_xent(*z, 2.0**-10, unit=False).sum(),
+            lambda *z: plain(*z, 2.0**-10, unit=False, reduction="sum"), inputs, FP32,
+        )  # fmt: skip
 
+    def test_lse_keeps_what_its_rounding_loses(self, losses) -> None:
+        """All scores are 1,000, exactly."""
+        z = losses.here(torch.eye(1, 5).repeat(20, 1))
+        options = (None, None, None, None, 1000.0, OTHERS, True, "triton")
+        _, lse = ops.contrast(z, z, *options)
+        expected = torch.full((40,), 1000 + math.log(39), dtype=torch.float64)
+        torch.testing.assert_close(lse.cpu().double().sum(0), expected, rtol=0, atol=2e-6)
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_repeats_bit_for_bit(losses, dtype) -> None:
-    inputs = [z.to(dtype).requires_grad_() for z in pair(70, 20)]
-    inputs.append(torch.tensor(0.2).requires_grad_())
-    results = []
-    for _ in range(2):
-        loss = losses.nt_xent(*inputs, negatives=inputs[0].detach().flip(0))
-        results.append([loss, *torch.autograd.grad(loss.sum(), inputs)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    def test_small_gradients_survive_in_float16(self, losses) -> None:
+        """The weights of a mean over very many anchors are no float16 numbers."""
+        z0, z1 = (z.half().requires_grad_() for z in pair(20, 16, scale=2.0**-8))
+        large, small = (
+            torch.autograd.grad(losses.nt_xent(z0, z1), z0, torch.full((40,), upstream))[0].float()
+            for upstream in (1.0, 2.0**-16)
+        )
+        error = (small * 2.0**16 - large).abs().max()
+        assert error <= 2e-3 * large.abs().max()
 
+    @pytest.mark.parametrize("candidates", [OTHERS, NEGATIVES])
+    @pytest.mark.parametrize("rows, columns, diagonal", [(34, 140, 50), (6, 9, None), (70, 70, 0)])
+    def test_blocks(self, losses, candidates, rows, columns, diagonal) -> None:
+        """Rows against columns, as processes have them."""
+        z, others = torch.randn(rows, 20) / 4, torch.randn(columns, 20) / 4
+        scale = torch.tensor(3.0)
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_a_number_shows(losses, value) -> None:
-    """In every anchor that has it for a candidate."""
-    z0, z1 = pair(40, 20)
-    z1[25, 3] = value
-    assert losses.nt_xent(z0, z1).isnan().all()
-    assert losses.dcl(z0, z1).isnan().all()
-    assert losses.info_nce(z0, z1)[:40].isnan().all()
-    assert losses.supcon(z1, torch.arange(40) % 3).isnan().all()
-    assert not losses.nt_xent(z0, z1, unit=False).sum().isfinite()
+        def both(operator: Any, *arguments: Any) -> list[Any]:
+            here = [losses.here(a) if isinstance(a, Tensor) else a for a in arguments]
+            return [operator(*here, "triton"), operator(*arguments, "reference")]
 
+        lse, expected_lse = both(ops.block_lse, z, others, scale, 0.0, candidates, diagonal)
+        torch.testing.assert_close(lse.cpu(), expected_lse)
+        for numbers in ((torch.rand(columns) + 3, torch.rand(columns)), (None, None)):
+            options = (expected_lse, torch.rand(rows), others, *numbers, scale, 0.0, candidates)
+            for actual, expected in zip(
+                *both(ops.block_gradient, z, *options, diagonal), strict=True
+            ):
+                torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-5)
 
-def test_vectors_shorter_than_the_least_norm(losses) -> None:
-    z0, z1 = pair(6, 5)
-    z0[2], z1[3] = 0, 1e-14
-    assert_as_accurate(losses.nt_xent, partial(plain, reduction="none"), [z0, z1], FP32)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_repeats_bit_for_bit(self, losses, dtype) -> None:
+        inputs = [z.to(dtype).requires_grad_() for z in pair(70, 20)]
+        inputs.append(torch.tensor(0.2).requires_grad_())
+        results = []
+        for _ in range(2):
+            loss = losses.nt_xent(*inputs, negatives=inputs[0].detach().flip(0))
+            results.append([loss, *torch.autograd.grad(loss.sum(), inputs)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_what_is_not_a_number_shows(self, losses, value) -> None:
+        """In every anchor that has it for a candidate."""
+        z0, z1 = pair(40, 20)
+        z1[25, 3] = value
+        assert losses.nt_xent(z0, z1).isnan().all()
+        assert losses.dcl(z0, z1).isnan().all()
+        assert losses.info_nce(z0, z1)[:40].isnan().all()
+        assert losses.supcon(z1, torch.arange(40) % 3).isnan().all()
+        assert not losses.nt_xent(z0, z1, unit=False).sum().isfinite()
+
+    def test_vectors_shorter_than_the_least_norm(self, losses) -> None:
+        z0, z1 = pair(6, 5)
+        z0[2], z1[3] = 0, 1e-14
+        assert_as_accurate(losses.nt_xent, partial(plain, reduction="none"), [z0, z1], FP32)
 
 
 def meta(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
