@@ -37,13 +37,13 @@ CHOICES = (
     ),
     Choice("linear_color_cross_entropy", "cuda", ("cuda", "triton", "reference")),
     Choice("nt_xent", "cpu", ("cpu", "reference"), "contrastive_cpu.json"),
-    Choice("nt_xent", "cuda", ("cuda", "reference")),
+    Choice("nt_xent", "cuda", ("cuda", "triton", "reference")),
     Choice("dcl", "cpu", ("cpu", "reference"), "contrastive_cpu.json"),
-    Choice("dcl", "cuda", ("cuda", "reference")),
+    Choice("dcl", "cuda", ("cuda", "triton", "reference")),
     Choice("supcon", "cpu", ("cpu", "reference"), "contrastive_cpu.json"),
-    Choice("supcon", "cuda", ("cuda", "reference")),
+    Choice("supcon", "cuda", ("cuda", "triton", "reference")),
     Choice("info_nce", "cpu", ("cpu", "reference"), "contrastive_cpu.json"),
-    Choice("info_nce", "cuda", ("cuda", "reference")),
+    Choice("info_nce", "cuda", ("cuda", "triton", "reference")),
 )
 
 # Operator -> the backends that implement it, on one type of device or another.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+GENERATIONS = (80, 90, 100)  # that the settings tell apart; 80 stands for all others
 
 
 class Setting(NamedTuple):
@@ -35,6 +37,18 @@ def launch(
         )
 
 
+def padded(size: int) -> int:
+    """To a power of two that the tensor cores take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@lru_cache
+def generation(device: torch.device) -> int:
+    if device.type != "cuda":  # interpreted
+        return 90
+    return {9: 90, 10: 100, 11: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
+
+
 @triton.jit
 def narrow(values, dtype: tl.constexpr):
     """float32 values rounded to `dtype`; the interpreter would truncate to bfloat16."""
@@ -43,3 +57,12 @@ def narrow(values, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         values = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
     return values.to(dtype)
+
+
+@triton.jit
+def dot(a, b, initial, PRECISION: tl.constexpr):
+    """initial + a b in float32; the interpreter has no right product of half precision."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, initial, input_precision=PRECISION)

@@ -8,6 +8,7 @@ bank. The columns of `block_lse` get no gradient.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ IMPLEMENTATIONS = {
     ),
     "cpu": implementation(lambda: torch.ops.gcrl_kernels_cpu),
     "cuda": implementation(lambda: torch.ops.gcrl_kernels_cuda),
+    # Imported at the first call: not every machine has Triton.
+    "triton": implementation(lambda: importlib.import_module(f"{__package__}.triton.launchers")),
 }
 
 _SCALE = "Tensor? scale"

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from gcrl_kernels.axial_attention.triton.rows import (
-    dot,
     hidden_zero,
     load,
     load_lse,
@@ -20,7 +19,7 @@ from gcrl_kernels.axial_attention.triton.rows import (
     store,
     store_dbias,
 )
-from gcrl_kernels.triton_common import narrow
+from gcrl_kernels.triton_common import dot, narrow
 
 
 @triton.jit

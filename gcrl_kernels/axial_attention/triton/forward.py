@@ -10,14 +10,13 @@ import triton
 import triton.language as tl
 
 from gcrl_kernels.axial_attention.triton.rows import (
-    dot,
     load,
     lse_pointers,
     row_offset,
     scores,
     store,
 )
-from gcrl_kernels.triton_common import narrow
+from gcrl_kernels.triton_common import dot, narrow
 
 
 @triton.jit(do_not_specialize=["heads", "length"])

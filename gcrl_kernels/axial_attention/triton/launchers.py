@@ -18,13 +18,11 @@ from gcrl_kernels.axial_attention.triton import backward as backward_row
 from gcrl_kernels.axial_attention.triton import backward_tiles
 from gcrl_kernels.axial_attention.triton import forward as forward_row_or_tiles
 from gcrl_kernels.axial_attention.triton.settings import (
-    generation,
     multiprocessors,
-    padded,
     row_setting,
     tile_setting,
 )
-from gcrl_kernels.triton_common import Setting, launch
+from gcrl_kernels.triton_common import Setting, generation, launch, padded
 
 MOST_PARTIAL_BYTES = 64 << 20  # of the bias's gradient
 WARPS_AT_ONCE = 32  # that a multiprocessor is given of programs that add rows up

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gcrl_kernels.triton_common import INTERPRETED, narrow
+from gcrl_kernels.triton_common import dot, narrow
 
 
 @triton.jit
@@ -119,15 +119,6 @@ def load_mask(mask, line, sizes, strides, keys, length, LINE_DIMS: tl.constexpr)
     """Whether each key of a line may be attended to; those beyond the length may not."""
     where = mask + line_offset(line, sizes, strides, LINE_DIMS)
     return tl.load(where + keys.to(tl.int64) * strides[4], mask=keys < length, other=0) != 0
-
-
-@triton.jit
-def dot(a, b, initial, PRECISION: tl.constexpr):
-    """initial + a b in float32; the interpreter has no right product of half precision."""
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, initial, input_precision=PRECISION)
 
 
 @triton.jit

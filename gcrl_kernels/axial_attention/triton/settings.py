@@ -13,9 +13,8 @@ from functools import lru_cache
 
 import torch
 
-from gcrl_kernels.triton_common import Setting
+from gcrl_kernels.triton_common import GENERATIONS, Setting, padded
 
-GENERATIONS = (80, 90, 100)
 BLOCKS = (16, 32, 64, 128)  # lengths of rows that are held whole, padded
 
 # Warps of the row kernels for each of BLOCKS; 0: the tile kernels.
@@ -76,11 +75,6 @@ TILES: dict[tuple[str, str, int], tuple[Setting, ...]] = {
 }
 
 
-def padded(size: int) -> int:
-    """To a power of two that the tensor cores take."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def row_setting(
     direction: str, kind: str, of_generation: int, features: int, length: int
 ) -> Setting | None:
@@ -96,13 +90,6 @@ def row_setting(
 def tile_setting(direction: str, kind: str, of_generation: int, features: int) -> Setting:
     """Of the kernel for longer rows; "dbias": of the bias's gradient."""
     return TILES[direction, kind, padded(features)][GENERATIONS.index(of_generation)]
-
-
-@lru_cache
-def generation(device: torch.device) -> int:
-    if device.type != "cuda":  # interpreted
-        return 90
-    return {9: 90, 10: 100, 11: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
 @lru_cache

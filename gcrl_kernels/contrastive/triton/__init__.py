@@ -1,0 +1,1 @@
+"""The contrastive losses in Triton. launchers.py is what the operators call."""
