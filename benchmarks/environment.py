@@ -1,8 +1,9 @@
-"""Where a result comes from: machine, versions, commit; and a run's results with that beside.
+"""Where a result comes from: machine, versions, commit; and results of `gcrl` with that beside.
 
-    python -m benchmarks.environment RUN NAME
+    python -m benchmarks.environment FOLDER NAME
 
-writes benchmarks/results/NAME.json: the run's results.json, config.json and metrics.jsonl.
+writes benchmarks/results/NAME.json: of a run its results.json, config.json and metrics.jsonl, of a
+study its study.json.
 """
 
 from __future__ import annotations
@@ -60,14 +61,20 @@ def _git(*words: str) -> str:
     return done.stdout.strip()
 
 
-def main(folder: Path, name: str) -> Path:
+def _run(folder: Path) -> dict[str, Any]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    content = {
-        **environment(),
+    return {
         "results": json.loads((folder / "results.json").read_text()),
         "config": json.loads((folder / "config.json").read_text()),
         "metrics": records,
     }
+
+
+def main(folder: Path, name: str) -> Path:
+    study = folder / "study.json"
+    found = json.loads(study.read_text()) if study.exists() else _run(folder)
+    here = environment()
+    content = {**here, **found, "versions": {**here["versions"], **found.get("versions", {})}}
     del content["config"]["data"]  # where the images lay
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import charts
+from benchmarks.documents import fill
 
 OURS = "gcrl_kernels "  # then the backend: the name of a contender of ours
 LEVEL = 0.02  # a smaller difference is none, however quiet the run
-START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+MARK = "benchmarks"  # of the README's part
 SHORT = 4  # cases of an operation in the short form
 LEGEND = (
     "Our fastest backend stands beside the fastest peer whose answer is right; *level with*: they "
@@ -275,15 +276,6 @@ def left_out(contests: Sequence[Contest]) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def replaced(path: Path, text: str) -> str:
-    """What the file holds, with the text between its two markers."""
-    before, start, rest = path.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ReportError(f"{path}: expected {START} and then {END} in it")
-    return f"{before}{start}\n\n{text}\n{end}{after}"
-
-
 def _table(
     contests: Sequence[Contest], head: list[str], rows: Sequence[list[str]], left: int
 ) -> str:
@@ -341,7 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--readme", type=Path, metavar="FILE",
-        help=f"print the short form, and replace with it what FILE has between {START} and {END}",
+        help="print the short form, and replace with it what FILE has between its marks, "
+        f"<!-- {MARK} --> and <!-- /{MARK} -->",
     )  # fmt: skip
     given = parser.parse_args(arguments)
     try:
@@ -355,7 +348,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (given.out / "README.md").write_text(full(runs, given.out, pictures), encoding="utf-8")
         if given.readme is not None:
             text = short(runs, given.readme.parent)
-            given.readme.write_text(replaced(given.readme, text), encoding="utf-8")
+            document = given.readme.read_text(encoding="utf-8")
+            try:
+                given.readme.write_text(fill(document, {MARK: text}), encoding="utf-8")
+            except ValueError as error:
+                raise ReportError(f"{given.readme}: {error}") from error
     except (ReportError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,6 +40,7 @@ from benchmarks.costs import (
     step_flops,
     step_work,
 )  # fmt: skip
+from benchmarks.documents import fill
 from benchmarks.results import FOLDER
 from gcrl.presets import CIFAR10
 
@@ -241,21 +241,6 @@ def tables(results: Sequence[Path] = RESULTS) -> dict[str, str]:
     return {name: make() for name, make in TABLES.items()} | {"measured": measured_table(results)}
 
 
-def insert(document: str, made: dict[str, str]) -> str:
-    """The document with what stands between each table's marks made anew.
-
-    Raises ValueError for a mark that is missing, or that no table has.
-    """
-    marks = re.findall(r"<!-- ([a-z-]+) -->\n.*?<!-- /\1 -->", document, re.DOTALL)
-    if sorted(marks) != sorted(made):
-        raise ValueError(f"expected marks for {', '.join(made)}, got {', '.join(marks)}")
-    for name, text in made.items():
-        before, rest = document.split(f"<!-- {name} -->\n")
-        after = rest.split(f"<!-- /{name} -->", 1)[1]
-        document = f"{before}<!-- {name} -->\n\n{text}\n\n<!-- /{name} -->{after}"
-    return document
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scaling", description=__doc__.partition("\n")[0]
@@ -267,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = tables(given.results)
         if given.write is not None:
             document = given.write.read_text(encoding="utf-8")
-            given.write.write_text(insert(document, made), encoding="utf-8")
+            given.write.write_text(fill(document, made), encoding="utf-8")
             return 0
     except (OSError, ValueError, KeyError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -159,7 +159,10 @@ def main() -> None:
     )
     parser.add_argument("--data", required=True, help="CIFAR-10's folder, cifar-10-batches-py")
     parser.add_argument(
-        "--out", type=Path, default=Path("build/search"), help="where the trials train (%(default)s)"
+        "--out",
+        type=Path,
+        default=Path("build/search"),
+        help="where the trials train (%(default)s)",
     )
     options = parser.parse_args()
     data = options.out.resolve() / "cifar10_held_out.npz"

@@ -13,8 +13,10 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import charts, report
+from benchmarks.documents import fill
 
 MIB = 2**20
+START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 CASE = {"M": 1024, "K": 32, "dtype": "float32"}
 
 
@@ -284,17 +286,17 @@ def test_an_operation_that_nobody_could_do_has_no_chart(tmp_path: Path) -> None:
 
 def test_the_readme_has_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, readme = write(tmp_path / "run.json", BOTH), tmp_path / "README.md"
-    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    readme.write_text(f"before\n{START}\nold\n{END}\nafter\n", encoding="utf-8")
     for _ in range(2):
         assert report.main([str(path), "--readme", str(readme)]) == 0
         printed = capsys.readouterr().out
         assert "**1.50× ahead of** FAISS" in printed
         assert readme.read_text(encoding="utf-8") == (
-            f"before\n{report.START}\n\n{printed}\n{report.END}\nafter\n"
+            f"before\n{START}\n\n{printed}\n{END}\nafter\n"
         )
 
 
-@pytest.mark.parametrize("content", ["", report.START, f"{report.END} {report.START}"])
+@pytest.mark.parametrize("content", ["", START, f"{END} {START}"])
 def test_a_readme_without_the_marks_is_left_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
@@ -302,7 +304,7 @@ def test_a_readme_without_the_marks_is_left_alone(
     readme.write_text(content, encoding="utf-8")
     assert report.main([str(path), "--readme", str(readme)]) == 2
     output = capsys.readouterr()
-    assert f"{readme}: expected {report.START}" in output.err
+    assert f"{readme}: expected {START}" in output.err
     assert (output.out, readme.read_text(encoding="utf-8")) == ("", content)
 
 
@@ -382,13 +384,15 @@ def test_old_results_are_refused(root: Path) -> None:
 
 def test_the_projects_readme_has_what_the_report_prints(root: Path) -> None:
     readme = root / "README.md"
-    section = readme.read_text(encoding="utf-8").partition(report.START)[2]
+    section = readme.read_text(encoding="utf-8").partition(START)[2]
     if not section:
-        pytest.skip(f"README.md has no {report.START}")
-    names = re.findall(r"\]\(([^)]+\.json)\)", section.partition(report.END)[0])
+        pytest.skip(f"README.md has no {START}")
+    names = re.findall(r"\]\(([^)]+\.json)\)", section.partition(END)[0])
     paths = [root / name for name in names]
     missing = [str(path) for path in paths if not path.exists()]
     if missing or not paths:
         pytest.skip(f"README.md names results that are not there: {', '.join(missing) or 'none'}")
     text = report.short([report.load(path) for path in paths], root)
-    assert report.replaced(readme, text) == readme.read_text(encoding="utf-8")
+    assert fill(readme.read_text(encoding="utf-8"), {report.MARK: text}) == readme.read_text(
+        encoding="utf-8"
+    )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import costs, scaling
+from benchmarks import costs, documents, scaling
 from benchmarks.bench_axial_attention import Axial
 from benchmarks.bench_color_cross_entropy import CrossEntropy
 from benchmarks.bench_contrastive import NTXent
@@ -122,7 +122,7 @@ def test_amounts_have_three_digits(value: float, text: str) -> None:
 
 def test_the_document_has_what_the_formulas_and_the_results_give(root: Path) -> None:
     document = (root / "docs" / "scaling.md").read_text(encoding="utf-8")
-    made = scaling.insert(document, scaling.tables())
+    made = documents.fill(document, scaling.tables())
     assert made == document, "run python -m benchmarks.scaling --write docs/scaling.md"
 
 
@@ -130,7 +130,10 @@ def test_a_document_without_a_mark_is_refused(tmp_path: Path, capsys) -> None:
     document = tmp_path / "document.md"
     document.write_text("<!-- attention -->\n<!-- /attention -->\n")
     assert scaling.main(["--write", str(document)]) == 2
-    assert "expected marks for attention, attention-crossing" in capsys.readouterr().err
+    assert (
+        "expected <!-- attention-crossing --> and then <!-- /attention-crossing -->"
+        in capsys.readouterr().err
+    )
     assert document.read_text() == "<!-- attention -->\n<!-- /attention -->\n"
 
 

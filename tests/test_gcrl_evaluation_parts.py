@@ -264,6 +264,36 @@ def test_finetuning_lowers_the_loss_of_the_labels_and_leaves_the_run_alone(run: 
     assert nats[1] < 0.5 * min(nats[0], -before.mean())  # forgetting alone changes it less
 
 
+def test_the_head_sees_what_differs_between_images() -> None:
+    rng = np.random.default_rng(0)
+    features = torch.from_numpy(100 + 0.01 * rng.normal(size=(50, 3))).float()
+    features[:, 2] = 7  # the same for all
+    head = finetuning.Head(3, 2)
+    assert torch.equal(head(features), torch.zeros(50, 2))
+    head.standardise(features)
+    with torch.no_grad():
+        head.linear.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]))
+    scores = head(features).detach()
+    assert scores.mean(0).abs().max() < 1e-2
+    assert scores[:, 0].std(correction=0) == pytest.approx(1, rel=1e-3)
+    assert torch.equal(scores[:, 1], torch.zeros(50))
+
+
+def test_a_classifier_is_the_average_of_its_weights(run: Run) -> None:
+    dataset = tiny_run.color_classes()
+
+    def head_of(ema: float, steps: int) -> torch.Tensor:
+        optim = replace(run.config.optim, steps=steps, warmup_steps=0, batch_size=20, ema=ema)
+        classifier = finetuning.train_classifier(
+            run, dataset.train, optim, alpha=0.0, progress=False, name="test"
+        )
+        return classifier.head.linear.weight.detach()
+
+    # The head begins at zero, so that after one step its average is what a share of it is.
+    torch.testing.assert_close(head_of(0.75, 1), 0.25 * head_of(0.0, 1))
+    assert head_of(0.0, 1).abs().max() > 0
+
+
 def test_finetuned_networks_are_kept(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     assert finetuning.find(subject) == {}
     results = finetuning.measure(subject)

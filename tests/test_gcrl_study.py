@@ -86,8 +86,12 @@ def test_a_study_compares_six_networks_on_every_seed(place: Path, results: dict[
     assert text.count("\n- The hybrid ") == 4
     assert text == report.table(results)
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + len(VARIANTS)
-    assert {line.count("|") for line in lines} == {9}
+    networks, scores = lines[: 2 + len(VARIANTS)], lines[2 + len(VARIANTS) :]
+    assert {line.count("|") for line in networks} == {7}
+    assert scores[0] == "| score | network | noise, N = 15 |"
+    with_decoder = 2  # the likelihood and its correction are the hybrid's and the generative one's
+    assert len(scores) == 2 + 2 * with_decoder + len(VARIANTS) + 1
+    assert scores[-1].startswith("| compressed size | none |")
     with Image.open(folder / "study.png") as picture:
         assert picture.size[0] > 900
 
@@ -244,9 +248,11 @@ def test_a_decoder_that_was_not_trained_has_no_likelihood() -> None:
     parts = {
         "classification": {"not_measured": "no labels"},
         "likelihood": {"bits_per_pixel": 4.0},
-        "ood": {"sets": {"svhn": {"scores": scores}}},
+        "ood": {"sets": {"svhn": {"images": 7, "scores": scores}}},
     }
-    assert summarise(parts, generates=False) == {"auroc": {"svhn": {"compressed size": 0.6}}}
+    assert summarise(parts, generates=False) == {
+        "auroc": {"svhn": {"compressed size": 0.6}}, "ood_images": {"svhn": 7},
+    }  # fmt: skip
     assert summarise(parts, generates=True)["bits_per_pixel"] == 4.0
 
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from gcrl import checkpoint
-from gcrl.config import Config, ObjectiveConfig, OptimConfig
+from gcrl.config import Config, ObjectiveConfig, OptimConfig, RuntimeConfig
 from gcrl.data import Dataset
 from gcrl.distributed import Team, join
 from gcrl.interrupts import Interrupted, Interrupts
@@ -148,7 +148,8 @@ class Trainer:
         accumulate = self.config.optim.accumulate
         return backward(
             self.network, weak, strong, self.config.objective, self.team.group,
-            share=1 / accumulate, last=part == accumulate - 1, autocast=self.autocast(),
+            share=1 / accumulate, last=part == accumulate - 1,
+            autocast=autocast(self.team.device, self.config.runtime),
         )  # fmt: skip
 
     def tokens(self, part: int) -> tuple[Tensor, Tensor | None]:
@@ -175,12 +176,6 @@ class Trainer:
             order = torch.randperm(len(self.images), generator=generator)
             self.order, self.order_epoch = order.to(team.device), epoch
         return self.order[(number * team.size + team.rank) * size :][:size]
-
-    def autocast(self) -> AbstractContextManager[object]:
-        device, precision = self.team.device, self.config.runtime.precision
-        if precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(device)):
-            return torch.autocast(device.type, torch.bfloat16)
-        return nullcontext()
 
     def record(self, recorder: Recorder | None, bar: tqdm, steps_per_second: float) -> None:
         """Record the means since the last record and begin anew."""
@@ -307,6 +302,14 @@ def backward(
         loss = objective.alpha * losses.generative + objective.beta * losses.contrastive
         (loss * share).backward()
     return torch.stack((losses.generative, losses.contrastive, loss)).detach()
+
+
+def autocast(device: torch.device, runtime: RuntimeConfig) -> AbstractContextManager[object]:
+    """The precision of a training's forward."""
+    precision = runtime.precision
+    if precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(device)):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

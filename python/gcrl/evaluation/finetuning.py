@@ -25,25 +25,55 @@ from gcrl.figures import BLUE, GREY
 from gcrl.palette import to_tokens
 from gcrl.probes import calibration_error
 from gcrl.run import Run
-from gcrl.trainer import derive_seed, learning_rate, make_optimizer
+from gcrl.trainer import autocast, derive_seed, learning_rate, make_optimizer, update_averages
 from gcrl.views import weak_view
 
 KEPT = {"labels alone": 0.0, "generative loss kept": 1.0}  # its weight beside the cross-entropy
 WARMUP = 0.1  # share of the steps
+STANDARDISED = 1000  # images by which the head is standardised, at most
+
+
+class Head(nn.Module):
+    """A linear classifier of a representation, standardised as it was before training.
+
+    The representation is a mean over pixels, of which little differs between images: without that,
+    a head of few steps sees almost a constant.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+        self.linear = nn.Linear(width, classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def standardise(self, features: Tensor) -> None:
+        """Take mean and deviation from features [N, width]; what does not vary is not divided."""
+        deviation = features.std(0, correction=0)
+        self.mean.copy_(features.mean(0))
+        self.deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, width] -> logits [N, classes]"""
+        return self.linear((features.float() - self.mean) / self.deviation)
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A run whose network was trained with labels, and the linear head on its representation."""
+    """A run whose network was trained with labels, and the head on its representation."""
 
     run: Run
-    head: nn.Linear
+    head: Head
     classes: np.ndarray  # int64 [classes], the labels that the head's outputs stand for
 
     def logits(self, features: np.ndarray) -> np.ndarray:
         """The run's encodings, [N, width] -> [N, classes]."""
         with torch.no_grad():
-            encoded = torch.from_numpy(features).to(self.head.weight)
+            encoded = torch.from_numpy(features).to(self.head.mean)
             return self.head(encoded).double().cpu().numpy()
 
 
@@ -127,16 +157,18 @@ def train_classifier(
     """Train a copy of a run's network with labels: cross-entropy + alpha * nats per pixel.
 
     images are on the run's grid, seen as the run's weak views, in an order that follows from the
-    run's seed.
+    run's seed. Precision and clipping are as in the run's own training, and so is the average of
+    the weights, which is what is returned.
     """
     assert images.labels is not None
     classes, targets = np.unique(images.labels, return_inverse=True)
     seed, device = run.config.runtime.seed, run.device
     model = copy.deepcopy(run.model).train()
-    head = nn.Linear(run.config.model.width, len(classes)).to(device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    optimizer = make_optimizer(nn.ModuleList((model, head)), optim)
+    head = Head(run.config.model.width, len(classes)).to(device)
+    head.standardise(run.encode(images.images[:STANDARDISED]).to(device))
+    both = nn.ModuleList((model, head))
+    averages = {key: value.detach().clone() for key, value in both.named_parameters()}
+    optimizer = make_optimizer(both, optim)
     pixels = torch.from_numpy(images.images).to(device)
     labels = torch.from_numpy(targets).to(device)
     objective = ObjectiveConfig(alpha=1.0, beta=0.0)
@@ -148,16 +180,20 @@ def train_classifier(
         ):
             torch.manual_seed(derive_seed(seed, "views", step))
             tokens = to_tokens(weak_view(pixels[batch], run.config.views), run.palette)
-            loss = F.cross_entropy(head(model.features(tokens)), labels[batch])
-            if alpha:
-                loss = loss + alpha * model(tokens, None, objective).generative
+            with autocast(device, run.config.runtime):
+                loss = F.cross_entropy(head(model.features(tokens)).float(), labels[batch])
+                if alpha:
+                    loss = loss + alpha * model(tokens, None, objective).generative
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            parameters = [*model.parameters(), *head.parameters()]
-            nn.utils.clip_grad_norm_(parameters, optim.clip)
+            nn.utils.clip_grad_norm_(both.parameters(), optim.clip)
             optimizer.step()
+            update_averages(averages, both, optim.ema)
+    with torch.no_grad():
+        for key, parameter in both.named_parameters():
+            parameter.copy_(averages[key])
     return Classifier(replace(run, model=model.eval()), head, classes)
 
 
@@ -193,7 +229,7 @@ def kept_classifier(
     if path.is_file():
         assert images.labels is not None
         classes = np.unique(images.labels)
-        model, head = copy.deepcopy(run.model), nn.Linear(run.config.model.width, len(classes))
+        model, head = copy.deepcopy(run.model), Head(run.config.model.width, len(classes))
         both = nn.ModuleDict({"model": model, "head": head.to(run.device)})
         both.load_state_dict(safetensors.torch.load(path.read_bytes()))
         return Classifier(replace(run, model=model), head, classes)

@@ -18,7 +18,8 @@ from gcrl.figures import BLUE, GREY, save
 from gcrl.study.variants import VARIANTS
 from gcrl.study.verdict import ACCURACY, AUROC, BITS, MARGINS, SCORE, read
 
-MAHALANOBIS = "Mahalanobis distance"
+SHOWN = (SCORE, "likelihood corrected by size", "Mahalanobis distance")  # scores in the table
+SIZE_ALONE = "compressed size"  # a score that takes no network
 _NAMES = {ACCURACY: "probe accuracy", BITS: "bits per pixel", AUROC: f"AUROC of the {SCORE}"}
 _REFERENCES = {ACCURACY: ("contrastive", "simclr"), BITS: ("generative",), AUROC: ("generative",)}
 
@@ -33,29 +34,29 @@ def write(folder: Path, results: dict[str, Any]) -> None:
 
 def table(results: dict[str, Any]) -> str:
     """What every network can do, and whether the hybrid keeps it."""
-    optim, count = results["config"]["optim"], len(results["seeds"])
-    images = optim["steps"] * optim["batch_size"] * optim["accumulate"]
-    sets = results["sets"]
-    header = [
-        "network", "probe accuracy", "k-NN", "bits per pixel",
-        *(f"AUROC {name}, {SCORE}" for name in sets),
-        *(f"AUROC {name}, {MAHALANOBIS}" for name in sets),
-        "TFLOP", "minutes",
-    ]  # fmt: skip
+    present = _present(results)
+    header = ("network", "probe accuracy", "k-NN", "bits per pixel", "TFLOP", "minutes")
     lines = [
-        f"{results['dataset']}: {images:,} images seen by every trained network, "
-        f"{count} {'seed' if count == 1 else 'seeds'}"
-        f"{', mean ± deviation over them' if count > 1 else ''}. Compute is counted on paper, "
-        "time is of the training alone. Generative is the axial network's, not iGPT's full "
-        "attention.",
+        f"{headline(results)} Compute is counted on paper, time is of the training alone. "
+        "Generative is the axial network's, not iGPT's full attention.",
         "",
-        *rows(header, [_line(results, variant) for variant in _present(results)], number),
+        *rows(header, [_line(results, variant) for variant in present], number),
     ]
     heads = _values(results, "labels", lambda found: found.get("head_accuracy"))
     if heads:
         lines += ["", f"The head that was trained with labels itself: {_percent(heads)}."]
-    lines += ["", *_verdicts(results)]
+    if results["sets"]:
+        lines += ["", *_auroc_table(results, present)]
+    lines += ["", *verdicts(results)]
     return "\n".join(lines) + "\n"
+
+
+def headline(results: dict[str, Any]) -> str:
+    """What the numbers are of."""
+    optim, count = results["config"]["optim"], len(results["seeds"])
+    images = optim["steps"] * optim["batch_size"] * optim["accumulate"]
+    spread = f"{count} seeds, mean ± deviation over them" if count > 1 else "1 seed"
+    return f"{results['dataset']}: {images:,} images seen by every trained network, {spread}."
 
 
 def figure(results: dict[str, Any]) -> Figure:
@@ -100,7 +101,8 @@ def _panel(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _verdicts(results: dict[str, Any]) -> Iterator[str]:
+def verdicts(results: dict[str, Any]) -> Iterator[str]:
+    """Markdown lines: what the hybrid keeps, and by which rule."""
     if not results["verdicts"]:
         yield "No verdict yet: it takes the hybrid and what it is compared with."
         return
@@ -130,13 +132,31 @@ def _cells(results: dict[str, Any], variant: str) -> Iterator[str | None]:
     yield _percent(_values(results, variant, lambda found: found.get(ACCURACY)))
     yield _percent(_values(results, variant, lambda found: found.get("knn")))
     yield _spread(_values(results, variant, lambda found: found.get(BITS)), "{:.3f}")
-    for score in (SCORE, MAHALANOBIS):
-        for name in results["sets"]:
-            yield _percent(_values(results, variant, partial(_auroc, name=name, score=score)))
     flops = _values(results, variant, lambda found: found["training_flops"])[:1]
     yield _spread([count / 1e12 for count in flops], "{:,.3g}")
     seconds = _values(results, variant, lambda found: found["seconds"])
     yield _spread([value / 60 for value in seconds], "{:.1f}")
+
+
+def _auroc_table(results: dict[str, Any], present: list[str]) -> Iterator[str]:
+    """A line for every score of every network that has it; that of no network comes last."""
+    lines = []
+    for score in (*SHOWN, SIZE_ALONE):
+        for variant in present[:1] if score == SIZE_ALONE else present:
+            cells = [
+                _percent(_values(results, variant, partial(_auroc, name=name, score=score)))
+                for name in results["sets"]
+            ]
+            if any(cells):
+                owner = "none" if score == SIZE_ALONE else VARIANTS[variant].title
+                lines.append((score, owner, *cells))
+    yield (
+        "Telling other images from the test images, without labels: AUROC, the other images as "
+        "the positive class."
+    )
+    yield ""
+    titles = [f"{name}, N = {results['set_sizes'][name]:,}" for name in results["sets"]]
+    yield from rows(("score", "network", *titles), lines, number)
 
 
 def _auroc(found: dict[str, Any], name: str, score: str) -> float | None:

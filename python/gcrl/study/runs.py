@@ -134,13 +134,16 @@ class Study:
 
     def _results(self, measured: dict[int, dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
         complete = [found for found in measured.values() if set(TRAINED) <= set(found)]
-        sets = sorted({name for m in measured.values() for v in m.values() for name in v["auroc"]})
+        found = [network for networks in measured.values() for network in networks.values()]
+        sizes = {name: size for network in found for name, size in network["ood_images"].items()}
+        sets = sorted(sizes)
         return {
             "dataset": dataset.name,
             "config": json.loads(self.config.to_json()),
             "versions": {"gcrl": gcrl.__version__, "torch": torch.__version__},
             "device": str(self._device),
             "sets": sets,
+            "set_sizes": sizes,
             "seeds": [
                 {"seed": seed, "networks": found} for seed, found in measured.items() if found
             ],
@@ -161,7 +164,7 @@ def summarise(parts: dict[str, Any], generates: bool) -> dict[str, Any]:
 
     The likelihood of a decoder that was not trained, and the scores made of it, are left out.
     """
-    found: dict[str, Any] = {"auroc": {}}
+    found: dict[str, Any] = {"auroc": {}, "ood_images": {}}
     classification, density, ood = (parts[name] for name in PARTS)
     if "not_measured" not in classification:
         found["accuracy"] = classification["linear_probe"]
@@ -171,6 +174,7 @@ def summarise(parts: dict[str, Any], generates: bool) -> dict[str, Any]:
     if generates:
         found["bits_per_pixel"] = density["bits_per_pixel"]
     for name, part in ood.get("sets", {}).items():
+        found["ood_images"][name] = part["images"]
         found["auroc"][name] = {
             score: values["auroc"]
             for score, values in part["scores"].items()
