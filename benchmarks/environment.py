@@ -75,7 +75,7 @@ def main(folder: Path, name: str) -> Path:
     found = json.loads(study.read_text()) if study.exists() else _run(folder)
     here = environment()
     content = {**here, **found, "versions": {**here["versions"], **found.get("versions", {})}}
-    del content["config"]["data"]  # where the images lay
+    content["config"].pop("data", None)  # where the images lay
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")

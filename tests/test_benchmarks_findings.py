@@ -14,7 +14,8 @@ from benchmarks.results import FOLDER
 from benchmarks.search import START
 
 ORIGIN = {
-    "machine": {"cpu": "a CPU", "cores": 2, "gpu": None}, "threads": 2, "commit": "0123456789abcdef",
+    "machine": {"cpu": "a CPU", "cores": 2, "gpu": None},
+    "threads": 2, "commit": "0123456789abcdef",
 }  # fmt: skip
 TRIAL = {**START, "images": 16640, "probe_accuracy": 0.3528, "bits_per_pixel": 5.857, "score": -159}
 SEARCH = {

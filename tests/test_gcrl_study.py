@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,26 @@ def test_a_finished_study_computes_nothing_again(
     monkeypatch.setattr("gcrl.evaluation.suite._measure", None)
     monkeypatch.setattr("gcrl.evaluation.finetuning.train_classifier", None)
     assert study_of(place, (0, 3)).conduct() == results
+
+
+def test_a_whole_seed_needs_its_folder_no_more(
+    place: Path, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(place, tmp_path / "copy")
+    study = study_of(tmp_path / "copy", (0, 3))
+    study = replace(study, config=config_of(place / "colors.npz"))
+    shutil.rmtree(study.folder / "seed-0")
+    shutil.rmtree(study.folder / "seed-3")
+    monkeypatch.setattr(Trainer, "advance", None)
+    assert study.conduct() == results
+    assert json.loads((study.folder / "study.json").read_text()) == results
+    other = replace(study, options=replace(study.options, draws=2))
+    with pytest.raises(TypeError, match="NoneType"):  # it trains again
+        other.conduct()
+    del (saved := json.loads(json.dumps(results)))["seeds"][1]["networks"]["simclr"]
+    (study.folder / "study.json").write_text(json.dumps(saved))
+    with pytest.raises(TypeError, match="NoneType"):
+        study.conduct()
 
 
 def test_the_networks_start_alike_and_see_the_same_images(tmp_path: Path) -> None:

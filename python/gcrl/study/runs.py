@@ -14,8 +14,8 @@ import gcrl
 from gcrl.config import SEEDS, Config, ConfigError
 from gcrl.data import Dataset, ImageSet, load_dataset
 from gcrl.evaluation import finetuning
-from gcrl.evaluation.options import Options
-from gcrl.evaluation.store import Store, array_digest
+from gcrl.evaluation.options import Options, ood_name, stamp
+from gcrl.evaluation.store import Store, array_digest, digest
 from gcrl.evaluation.subject import Subject
 from gcrl.evaluation.suite import StoppedError, run_parts
 from gcrl.interrupts import Interrupted
@@ -42,7 +42,8 @@ class Study:
         """Train and measure everything that is not done yet; returns what study.json holds.
 
         study.json, study.md and study.png are written after every network. Stopped, it goes on
-        from the last checkpoint of the run it was in.
+        from the last checkpoint of the run it was in; of a seed that is whole in study.json the
+        folder need not be there any more.
         Raises ConfigError for settings that make no study, or not the one that lies there;
         StoppedError after Ctrl-C.
         """
@@ -50,9 +51,11 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         grid, data = self.config.model.grid, self.config.data
         dataset = load_dataset(data.data, grid, download=data.download)
-        measured: dict[int, dict[str, Any]] = {seed: {} for seed in self.seeds}
+        finished = self._finished(dataset)
+        measured: dict[int, dict[str, Any]] = {s: finished.get(s, {}) for s in self.seeds}
+        results = self._results(measured, dataset)
         for seed in self.seeds:
-            for name in VARIANTS:
+            for name in VARIANTS if seed not in finished else ():
                 self._say(f"seed {seed}: {VARIANTS[name].title}")
                 try:
                     found = self._measure(name, seed, dataset)
@@ -66,6 +69,33 @@ class Study:
                 results = self._results(measured, dataset)
                 report.write(self.folder, results)
         return results
+
+    def _finished(self, dataset: Dataset) -> dict[int, dict[str, Any]]:
+        """The seeds that are whole in the study.json that lies there, if it is of this study."""
+        try:
+            saved = json.loads((self.folder / "study.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        if any(saved.get(key) != value for key, value in self._identity(dataset).items()):
+            return {}
+        expected = set(VARIANTS) - ({LABELS} if dataset.train.labels is None else set())
+        seeds = {entry["seed"]: entry["networks"] for entry in saved["seeds"]}
+        return {seed: found for seed, found in seeds.items() if set(found) == expected}
+
+    def _identity(self, dataset: Dataset) -> dict[str, Any]:
+        """What all numbers of a study follow from, but for the seeds."""
+        config = json.loads(self.config.to_json())
+        del config["data"], config["runtime"]
+        options = self.options
+        sizes = {ood_name(s): sum(int(size) for _, size, _ in stamp(s)) for s in options.ood}
+        measured = {
+            "train_images": options.train_images, "test_images": options.test_images,
+            "labels_per_class": list(options.labels_per_class), "draws": options.draws,
+            "ood_bytes": sizes,
+        }  # fmt: skip
+        sets = (dataset.train, dataset.test)
+        arrays = [array_digest(array) for part in sets for array in (part.images, part.labels)]
+        return {"config": config, "options": measured, "images": digest(*arrays)}
 
     def _check(self) -> None:
         check_hybrid(self.config)
@@ -139,7 +169,7 @@ class Study:
         sets = sorted(sizes)
         return {
             "dataset": dataset.name,
-            "config": json.loads(self.config.to_json()),
+            **self._identity(dataset),
             "versions": {"gcrl": gcrl.__version__, "torch": torch.__version__},
             "device": str(self._device),
             "sets": sets,
