@@ -30,13 +30,11 @@ class Features:
 
     def layer(self, images: np.ndarray, layer: int) -> np.ndarray:
         """One layer's mean over the pixels, float32 [N, width]."""
-        return self._read(
-            f"layer-{layer}", images, lambda i, **k: self.run.layers(i, **k)[:, layer]
-        )
+        return np.ascontiguousarray(self.layers(images)[:, layer])
 
     def encoding(self, images: np.ndarray) -> np.ndarray:
-        """The representation, float32 [N, width]."""
-        return self._read("encoding", images, self.run.encode)
+        """The representation, float32 [N, width]: a layer too, so that one pass serves both."""
+        return self.layer(images, self.run.model.layer_names.index("encoding"))
 
     def log_prob(self, images: np.ndarray) -> np.ndarray:
         """log p(image) in nats, float64 [N]."""

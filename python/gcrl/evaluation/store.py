@@ -11,7 +11,7 @@ import numpy as np
 
 from gcrl.checkpoint import replace_file
 
-FORMAT = 1  # to be raised when what is computed changes
+FORMAT = 2  # to be raised when what is computed changes
 
 
 class Store:
