@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from gcrl import memory
 from gcrl.config import SEEDS, Config, ConfigError
 from gcrl.evaluation import PARTS
 from gcrl.evaluation.options import Options
@@ -206,6 +207,8 @@ class Palette:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Errors that a user can mend are one line."""
+    if arguments is None:  # the process is ours alone
+        memory.keep_freed()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command = tyro.cli(
