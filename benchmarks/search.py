@@ -56,6 +56,7 @@ ROUNDS: dict[str, list[dict[str, Any]]] = {
         {"outer_layers": 2, "inner_layers": 4},
         {"outer_layers": 6, "inner_layers": 2},
     ],
+    "learning rate again": [{"learning_rate": 8e-3}],  # the largest before was the best
 }
 
 
