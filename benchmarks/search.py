@@ -8,7 +8,9 @@ network of more layers sees fewer images. They train on CIFAR-10's training imag
 drawn from all classes alike, and are judged on those; the test images are never read.
 
 The score was decided beforehand. It exchanges what the study (gcrl.study.verdict) holds for equal:
-a point of probe accuracy and 0.03 bits per pixel. The weight of the generative loss stays at 1, as
+a point of probe accuracy and 0.03 bits per pixel. Its best trial, of few encoder layers, classifies
+worse than raw pixels, though; so the trial that is chosen is the best among those that keep the
+accuracy, within a point of the highest. That rule came after the rounds had been seen. The weight of the generative loss stays at 1, as
 AdamW does not heed the scale of a loss: what counts is beta / alpha.
 
 Stopped, it goes on with the trial it was in. Results are in benchmarks/results.
@@ -19,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,8 +58,8 @@ ROUNDS: dict[str, list[dict[str, Any]]] = {
         {"outer_layers": 2, "inner_layers": 4},
         {"outer_layers": 6, "inner_layers": 2},
     ],
-    "learning rate again": [{"learning_rate": 8e-3}],  # the largest before was the best
 }
+LAST: dict[str, Any] = {"learning_rate": 8e-3}  # tried on the chosen one: the largest had been best
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,29 @@ class Trial:
         )
 
 
-def trials(scores: dict[str, float]) -> Iterator[Trial]:
-    """The search's trials in their order; the scores of those before have to be there."""
-    best = Trial("start", START)
+def trials(done: Mapping[str, Mapping[str, Any]]) -> Iterator[Trial]:
+    """The search's trials in their order; the results of those before have to be there."""
+    known = [best := Trial("start", START)]
     yield best
-    for number, values in enumerate(ROUNDS.values()):
+    for number, values in enumerate([*ROUNDS.values(), [LAST]], 1):
+        if values == [LAST]:
+            chosen = choose([{**done[trial.name], "trial": trial.name} for trial in known])
+            best = next(trial for trial in known if trial.name == chosen["trial"])
         tried = [best]
         for change in values:
             name = ", ".join(f"{key} {value:g}" for key, value in change.items())
-            trial = Trial(f"{number + 1}: {name}", {**best.changed, **change})
+            trial = Trial(f"{number}: {name}", {**best.changed, **change})
             tried.append(trial)
             yield trial
-        best = max(tried, key=lambda trial: scores[trial.name])
+        known += tried[1:]
+        best = max(tried, key=lambda trial: done[trial.name]["score"])
+
+
+def choose(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The best score among those that keep the accuracy: within the margin of the highest."""
+    highest = max(entry["probe_accuracy"] for entry in entries)
+    kept = [e for e in entries if e["probe_accuracy"] >= highest - MARGINS[ACCURACY]]
+    return max(kept, key=lambda entry: entry["score"])
 
 
 def score(accuracy: float, bits: float) -> float:
@@ -170,20 +183,19 @@ def main() -> None:
     if not data.exists():
         hold_out(options.data, data)
     done_file = options.out / "trials.json"
-    done = json.loads(done_file.read_text()) if done_file.exists() else []
-    scores: dict[str, float] = {entry["trial"]: entry["score"] for entry in done}
-    for number, trial in enumerate(trials(scores)):
-        if trial.name in scores:
+    entries = json.loads(done_file.read_text()) if done_file.exists() else []
+    done = {entry["trial"]: entry for entry in entries}
+    for number, trial in enumerate(trials(done)):
+        if trial.name in done:
             continue
         print(f"trial {trial.name}", flush=True)
-        done.append(conduct(trial, data, options.out / f"trial-{number}"))
-        scores[trial.name] = done[-1]["score"]
-        replace_file(done_file, json.dumps(done, indent=1).encode())
-        print(json.dumps(done[-1]), flush=True)
-    best = max(done, key=lambda entry: entry["score"])
-    content = {**environment(), "best": best["trial"], "trials": done}
+        done[trial.name] = conduct(trial, data, options.out / f"trial-{number}")
+        replace_file(done_file, json.dumps([*done.values()], indent=1).encode())
+        print(json.dumps(done[trial.name]), flush=True)
+    chosen = choose([*done.values()])["trial"]
+    content = {**environment(), "chosen": chosen, "trials": [*done.values()]}
     replace_file(RESULTS, (json.dumps(content, indent=1) + "\n").encode())
-    print(f"best: {best['trial']}; wrote {RESULTS}")
+    print(f"chosen: {chosen}; wrote {RESULTS}")
 
 
 if __name__ == "__main__":
