@@ -67,14 +67,14 @@ def short(found: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def search_table(results: dict[str, Any]) -> str:
-    """A line for every trial, the best in bold."""
+    """A line for every trial, the chosen one in bold."""
     header = ("trial", *START, "images", "probe accuracy", "bits per pixel", "score")
     lines = []
     for entry in results["trials"]:
         name = entry["trial"]
         lines.append(
             (
-                f"**{name}**" if name == results["best"] else name,
+                f"**{name}**" if name == results["chosen"] else name,
                 *(f"{entry[key]:g}" for key in START),
                 f"{entry['images']:,}",
                 f"{100 * entry['probe_accuracy']:.1f}%",

@@ -10,8 +10,9 @@ drawn from all classes alike, and are judged on those; the test images are never
 The score was decided beforehand. It exchanges what the study (gcrl.study.verdict) holds for equal:
 a point of probe accuracy and 0.03 bits per pixel. Its best trial, of few encoder layers, classifies
 worse than raw pixels, though; so the trial that is chosen is the best among those that keep the
-accuracy, within a point of the highest. That rule came after the rounds had been seen. The weight of the generative loss stays at 1, as
-AdamW does not heed the scale of a loss: what counts is beta / alpha.
+accuracy, within a point of the highest. That rule came after the rounds had been seen. The weight
+of the generative loss stays at 1, as AdamW does not heed the scale of a loss: what counts is
+beta / alpha.
 
 Stopped, it goes on with the trial it was in. Results are in benchmarks/results.
 """

@@ -19,7 +19,8 @@ ORIGIN = {
 }  # fmt: skip
 TRIAL = {**START, "images": 16640, "probe_accuracy": 0.3528, "bits_per_pixel": 5.857, "score": -159}
 SEARCH = {
-    **ORIGIN, "best": "b", "trials": [{"trial": "a", **TRIAL}, {"trial": "b", **TRIAL, "beta": 3}],
+    **ORIGIN, "chosen": "b",
+    "trials": [{"trial": "a", **TRIAL}, {"trial": "b", **TRIAL, "beta": 3}],
 }  # fmt: skip
 
 

@@ -15,9 +15,14 @@ from gcrl.data import load_dataset
 from gcrl.study.compute import training_flops
 
 
+def results(scores: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Of every trial that may come; those without a score do worse than any."""
+    bad = {"score": -1000.0, "probe_accuracy": 0.3}
+    return defaultdict(lambda: bad, {k: {**bad, "score": v} for k, v in scores.items()})
+
+
 def names(scores: dict[str, float]) -> list[str]:
-    """All trials, where those without a score do worse than any."""
-    return [trial.name for trial in search.trials(defaultdict(lambda: -1000.0, scores))]
+    return [trial.name for trial in search.trials(results(scores))]
 
 
 def test_a_search_has_at_least_twelve_trials_of_different_names() -> None:
@@ -27,19 +32,28 @@ def test_a_search_has_at_least_twelve_trials_of_different_names() -> None:
 
 
 def test_each_round_starts_from_the_best_before_it() -> None:
-    scores = dict.fromkeys(names({}), 0.0) | {"start": 1.0}
-    scores["1: learning_rate 0.001"] = 2.0
-    scores["3: temperature 0.1"] = 2.5
-    found = {trial.name: trial.changed for trial in search.trials(scores)}
+    scores = {"start": 1.0, "1: learning_rate 0.001": 2.0, "3: temperature 0.1": 2.5}
+    done = results(scores | {"4: outer_layers 6, inner_layers 2": 9.0})
+    done["1: learning_rate 0.001"]["probe_accuracy"] = 0.4
+    found = {trial.name: trial.changed for trial in search.trials(done)}
     assert found["1: learning_rate 0.004"] == {**search.START, "learning_rate": 4e-3}
     assert found["2: beta 3"] == {**search.START, "learning_rate": 1e-3, "beta": 3.0}
     assert found["3: temperature 1"]["beta"] == search.START["beta"]
     layers = found["4: outer_layers 2, inner_layers 4"]
     assert (layers["learning_rate"], layers["temperature"]) == (1e-3, 0.1)
+    # the last is tried on the one that keeps the accuracy
+    assert found["5: learning_rate 0.008"] == {**search.START, "learning_rate": 8e-3}
+
+
+def test_the_choice_keeps_the_accuracy() -> None:
+    accuracy, score = (0.40, 0.391, 0.389), (1.0, 2.0, 3.0)
+    entries = [{"probe_accuracy": a, "score": s} for a, s in zip(accuracy, score, strict=True)]
+    assert search.choose(entries) is entries[1]
+    assert search.choose(entries[2:]) is entries[2]
 
 
 def test_trials_have_the_same_compute() -> None:
-    for trial in search.trials(dict.fromkeys(names({}), 0.0)):
+    for trial in search.trials(results({})):
         config = trial.config(Path("images.npz")).validate()
         flops = training_flops(config.model, 2, generates=True) * config.optim.steps
         start = training_flops(search.Trial("start", search.START).config(Path("x")).model, 2,
@@ -74,24 +88,22 @@ def test_the_images_held_out_are_training_images(tmp_path: Path) -> None:
 def recorded() -> dict[str, Any]:
     if not search.RESULTS.exists():
         pytest.skip("the results are not in this checkout")
-    results: dict[str, Any] = json.loads(search.RESULTS.read_text())
-    return results
+    content: dict[str, Any] = json.loads(search.RESULTS.read_text())
+    return content
 
 
 def test_the_recorded_search_followed_its_own_rules() -> None:
-    trials = {entry["trial"]: entry for entry in recorded()["trials"]}
-    for entry in trials.values():
+    done = {entry["trial"]: entry for entry in recorded()["trials"]}
+    for entry in done.values():
         assert entry["score"] == search.score(entry["probe_accuracy"], entry["bits_per_pixel"])
-    scores = {name: entry["score"] for name, entry in trials.items()}
-    planned = list(search.trials(scores))
-    assert [trial.name for trial in planned] == list(trials)
+    planned = list(search.trials(done))
+    assert [trial.name for trial in planned] == list(done)
     for trial in planned:
-        assert trial.changed == {key: trials[trial.name][key] for key in trial.changed}
+        assert trial.changed == {key: done[trial.name][key] for key in trial.changed}
 
 
 def test_the_preset_has_what_the_search_found() -> None:
-    results = recorded()
-    best = next(entry for entry in results["trials"] if entry["trial"] == results["best"])
-    assert best["score"] == max(entry["score"] for entry in results["trials"])
+    chosen = search.choose(recorded()["trials"])
+    assert chosen["trial"] == recorded()["chosen"]
     values = search.preset("cifar10-small").flat()
-    assert {key: best[key] for key in search.START} == {key: values[key] for key in search.START}
+    assert {key: chosen[key] for key in search.START} == {key: values[key] for key in search.START}
