@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.documents import fill
 from benchmarks.environment import ROOT
 from benchmarks.results import FOLDER
-from benchmarks.search import START
+from benchmarks.search import RESULTS, START
 from gcrl.evaluation.markdown import rows
 from gcrl.figures import save
 from gcrl.study import report
@@ -25,7 +25,7 @@ STUDIES = {
     "study-digits": "study_digits.json",
     "study-cifar10-small": "study_cifar10_small.json",
 }  # what their marks and pictures are called
-SEARCH = "search_cifar10_small.json"
+SEARCH = RESULTS.name
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:

@@ -38,6 +38,10 @@ def config_of(source: Path) -> Config:
     )
 
 
+def with_palette(config: Config, path: Path) -> Config:
+    return replace(config, data=replace(config.data, palette=str(path)))
+
+
 def save_images(folder: Path, *, labelled: bool = True) -> Path:
     if (folder / "noise.npz").exists():
         return folder / "colors.npz"
@@ -117,9 +121,16 @@ def test_a_whole_seed_needs_its_folder_no_more(
     monkeypatch.setattr(Trainer, "advance", None)
     assert study.conduct() == results
     assert json.loads((study.folder / "study.json").read_text()) == results
-    other = replace(study, options=replace(study.options, draws=2))
-    with pytest.raises(TypeError, match="NoneType"):  # it trains again
-        other.conduct()
+    palette = tmp_path / "palette.npy"
+    np.save(palette, tiny_run.PALETTE.numpy())
+    others = (
+        replace(study, options=replace(study.options, draws=2)),
+        replace(study, config=with_palette(study.config, palette)),
+    )
+    for other in others:
+        with pytest.raises(TypeError, match="NoneType"):  # it trains again
+            other.conduct()
+        shutil.rmtree(study.folder / "seed-0")
     del (saved := json.loads(json.dumps(results)))["seeds"][1]["networks"]["simclr"]
     (study.folder / "study.json").write_text(json.dumps(saved))
     with pytest.raises(TypeError, match="NoneType"):

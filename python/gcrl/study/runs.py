@@ -95,7 +95,14 @@ class Study:
         }  # fmt: skip
         sets = (dataset.train, dataset.test)
         arrays = [array_digest(array) for part in sets for array in (part.images, part.labels)]
-        return {"config": config, "options": measured, "images": digest(*arrays)}
+        palette = self.config.data.palette
+        return {
+            "config": config,
+            "precision": self.config.runtime.precision,
+            "palette": palette and digest(Path(palette).expanduser().read_bytes()),
+            "options": measured,
+            "images": digest(*arrays),
+        }
 
     def _check(self) -> None:
         check_hybrid(self.config)
