@@ -26,8 +26,8 @@ SEARCH = {
 
 def network(accuracy: float, bits: float | None) -> dict[str, Any]:
     found = {
-        "accuracy": accuracy, "knn": 0.2, "auroc": {}, "ood_images": {}, "training_flops": 2e12,
-        "seconds": 90.0,
+        "test_images": 359, "accuracy": accuracy, "knn": 0.2, "auroc": {}, "ood_images": {},
+        "training_flops": 2e12, "seconds": 90.0,
     }  # fmt: skip
     return found if bits is None else {**found, "bits_per_pixel": bits}
 
@@ -65,7 +65,10 @@ def test_results_that_are_there_are_written_up(folder: Path) -> None:
     assert lines[-2] == "| a | 0.002 | 1 | 0.5 | 4 | 2 | 16,640 | 35.3% | 5.857 | -159.0 |"
     assert lines[-1].startswith("| **b** | 0.002 | 3 |")
     study = page["study-digits"]
-    assert "digits: 38,400 images seen by every trained network, 1 seed." in study
+    assert (
+        "digits: 38,400 images seen by every trained network, 1 seed; "
+        "measured on 359 test images." in study
+    )
     assert "| hybrid (GCRL) | 40.0% | 20.0% | 1.500 | 2 | 1.5 |" in study
     assert study.endswith("![the study](pictures/study-digits.png)")
     readme = findings.short(found)["findings"]

@@ -13,7 +13,6 @@ import torch
 
 from gcrl.config import ConfigError
 from gcrl.data import Dataset, ImageSet
-from gcrl.data.dataset import draw_held_out
 from gcrl.evaluation import PARTS, likelihood, suite
 from gcrl.evaluation.options import Options
 from gcrl.evaluation.store import Store
@@ -159,11 +158,31 @@ def test_a_twentieth_image_is_the_least(run: Run, tmp_path: Path) -> None:
     assert "expected at least 20 training images" in results["not_measured"]
 
 
-def test_the_held_out_are_a_tenth_of_every_class(run: Run, tmp_path: Path) -> None:
-    subject = subject_of(run, tmp_path, train_images=60)
-    held_out = subject.held_out
-    assert np.bincount(subject.train.labels[held_out]).tolist() == [2, 2, 2]
-    assert draw_held_out(100_000, None, 0, 5000).sum() == 5000
+@pytest.mark.parametrize(
+    ("limit", "learned", "held_out"),
+    [(60, [18, 18, 18], [2, 2, 2]), (30, None, [10, 10, 10]), (56, [18, 18, 18], [2, 2, 2])],
+)
+def test_what_is_held_out_is_a_share_of_every_class(
+    limit: int, learned: list[int] | None, held_out: list[int], run: Run, tmp_path: Path
+) -> None:
+    subject = subject_of(run, tmp_path, train_images=limit)
+    train, validation = subject.train, subject.validation
+    assert np.bincount(validation.labels).tolist() == held_out
+    if learned:
+        assert np.bincount(train.labels).tolist() == learned
+    else:
+        assert len(train) == limit
+    images = {image.tobytes() for image in validation.images}
+    assert not images & {image.tobytes() for image in train.images}
+    assert images < {image.tobytes() for image in subject.dataset.train.images}
+
+
+def test_of_many_images_five_thousand_are_held_out(run: Run, tmp_path: Path) -> None:
+    many = ImageSet(np.zeros((60_000, 1, 1, 3), np.uint8), np.arange(60_000) % 3)
+    dataset = replace(tiny_run.color_classes(), train=many)
+    for limit, learned in ((60_000, 55_000), (10_000, 10_000)):
+        subject = subject_of(run, tmp_path, dataset, train_images=limit)
+        assert (len(subject.train), len(subject.validation)) == (learned, 5000)
 
 
 def test_limits_choose_by_the_seed(run: Run, tmp_path: Path) -> None:

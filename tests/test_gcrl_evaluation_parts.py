@@ -84,12 +84,12 @@ def test_the_probe_takes_the_layer_that_tells_the_classes_apart(planted: Subject
 def test_the_sweep_never_sees_the_test_images_and_is_judged_on_the_held_out(
     planted: Subject,
 ) -> None:
-    train, held = planted.train, planted.held_out
+    train, held_out = planted.train, planted.validation
     expected = np.empty((5, len(STRENGTHS)))
     for layer, strength in np.ndindex(expected.shape):
-        features = planted.features.layer(train.images, layer)
-        fitted = fit(features[~held], train.labels[~held], STRENGTHS[strength])
-        expected[layer, strength] = np.mean(fitted.predict(features[held]) == train.labels[held])
+        fitted = fit(planted.features.layer(train.images, layer), train.labels, STRENGTHS[strength])
+        predicted = fitted.predict(planted.features.layer(held_out.images, layer))
+        expected[layer, strength] = np.mean(predicted == held_out.labels)
     planted.__dict__["test"] = None
     planted.__dict__["labels"] = (train.labels, None)
     assert np.array_equal(probe.choose(planted).accuracy, expected)
@@ -98,7 +98,7 @@ def test_the_sweep_never_sees_the_test_images_and_is_judged_on_the_held_out(
 def test_classification_of_planted_features(planted: Subject) -> None:
     results = classification.measure(planted)
     assert (results["layer"], results["linear_probe"]) == ("outer 2", 1.0)
-    assert (results["train_images"], results["held_out"], results["test_images"]) == (60, 6, 30)
+    assert (results["train_images"], results["held_out"], results["test_images"]) == (54, 6, 30)
     assert results["chance"] == pytest.approx(1 / 3)
     assert results["knn"] == {"neighbors": 3, "accuracy": 1.0}
     assert [few["labels_per_class"] for few in results["few_labels"]] == [2, 18]
@@ -125,9 +125,7 @@ def test_few_labels_are_so_few(planted: Subject, monkeypatch: pytest.MonkeyPatch
         return fit(features, labels, strength)
 
     monkeypatch.setattr(classification, "fit", remember)
-    features = planted.features.layer(planted.train.images, 2)
-    test = planted.features.layer(planted.test.images, 2)
-    classification._few_labels(planted, features, test, 4)
+    classification._few_labels(planted, probe.Choice(2, 1.0, np.zeros((5, 1))), 4)
     assert sizes == [[4, 4, 4]] * (3 * len(STRENGTHS))
 
 
@@ -216,8 +214,10 @@ def test_images_that_are_likelier_than_the_runs_own_are_pointed_out(
     dataset = replace(tiny_run.color_classes(), train=noise, test=noise)
     results = ood.measure(Subject(run, dataset, tmp_path, options, progress=False))
     assert results["sets"]["likely"]["scores"]["likelihood"]["auroc"] < 0.5
-    assert results["notes"][-1].startswith("The run finds likely more likely than its own test")
+    assert "more likely than its own test images: likely (AUROC " in results["notes"][-1]
     assert results["notes"][-1] in ood.table(results)
+    unlikely = {"unlikely": {"scores": {"likelihood": {"auroc": 0.5}}}}
+    assert ood._more_likely(unlikely) == []
 
 
 def test_reliability_by_hand() -> None:
@@ -292,6 +292,48 @@ def test_a_classifier_is_the_average_of_its_weights(run: Run) -> None:
     # The head begins at zero, so that after one step its average is what a share of it is.
     torch.testing.assert_close(head_of(0.75, 1), 0.25 * head_of(0.0, 1))
     assert head_of(0.0, 1).abs().max() > 0
+
+
+@pytest.mark.parametrize(("ema", "steps", "expected"), [
+    (0.9995, 300, 1 - 1 / 30), (0.9, 300, 0.9), (0.98, 5, 0.0), (0.98, 40_000, 0.98),
+])  # fmt: skip
+def test_a_short_training_averages_its_end_alone(ema: float, steps: int, expected: float) -> None:
+    optim = replace(tiny_run.CONFIG.optim, ema=ema, steps=steps)
+    assert finetuning.averaged(optim) == replace(optim, ema=pytest.approx(expected))
+
+
+def test_a_long_average_does_not_bring_the_untrained_network_back(run: Run, tmp_path: Path) -> None:
+    long = replace(run, config=tiny_run.with_settings("optim", ema=0.9995))
+    options = Options(finetuning_steps=30, finetuning_rate=3e-3)
+    for name in finetuning.KEPT:
+        subject = Subject(long, tiny_run.color_classes(), tmp_path, options, progress=False)
+        classifier = finetuning._finetuned(subject, name)
+        # 0.9995^30 = 0.985 of the head, which begins at zero, would be left.
+        logits = classifier.logits(long.encode(subject.test.images).numpy())
+        assert finetuning.softmax(logits).max(1).mean() > 0.4
+
+
+def test_the_head_is_standardised_by_images_of_every_class(run: Run, monkeypatch) -> None:
+    monkeypatch.setattr(finetuning, "STANDARDISED", 15)
+    train = tiny_run.color_classes().train
+    ordered = train.take(np.argsort(train.labels, kind="stable"))  # as a folder of classes is read
+    optim = replace(run.config.optim, steps=1, warmup_steps=0, batch_size=20)
+    classifier = finetuning.train_classifier(
+        run, ordered, optim, alpha=0.0, progress=False, name="test"
+    )
+    everything, one_class = run.encode(ordered.images), run.encode(ordered.images[:15])
+    off = (classifier.head.mean - everything.mean(0)).norm()
+    assert off < 0.5 * (one_class.mean(0) - everything.mean(0)).norm()
+
+
+def test_what_varies_by_rounding_alone_is_not_divided() -> None:
+    head = finetuning.Head(2, 3)
+    features = torch.stack((torch.full((1000,), 0.1), torch.arange(1000.0)), 1)
+    features[::2, 0] = torch.nextafter(features[0, 0], torch.tensor(1.0))
+    assert features.std(0, correction=0)[0] > 0
+    head.standardise(features)
+    assert head.deviation[0] == 1
+    assert head.deviation[1] == pytest.approx(288.67, abs=0.01)
 
 
 def test_finetuned_networks_are_kept(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

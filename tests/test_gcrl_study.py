@@ -123,18 +123,45 @@ def test_a_whole_seed_needs_its_folder_no_more(
     assert json.loads((study.folder / "study.json").read_text()) == results
     palette = tmp_path / "palette.npy"
     np.save(palette, tiny_run.PALETTE.numpy())
+    noise = tmp_path / "noise.npz"
+    np.savez(noise, images=tiny_run.noise_images(15, seed=7))
     others = (
-        replace(study, options=replace(study.options, draws=2)),
-        replace(study, config=with_palette(study.config, palette)),
+        ("options", replace(study, options=replace(study.options, draws=2))),
+        ("options", replace(study, options=replace(study.options, ood=(str(noise),)))),
+        ("palette", replace(study, config=with_palette(study.config, palette))),
     )
-    for other in others:
-        with pytest.raises(TypeError, match="NoneType"):  # it trains again
+    written = (study.folder / "study.json").read_bytes()
+    for key, other in others:
+        with pytest.raises(ConfigError, match=rf"another study \(in .*{key}.*runs of seed 0, 3"):
             other.conduct()
-        shutil.rmtree(study.folder / "seed-0")
+    assert (study.folder / "study.json").read_bytes() == written
     del (saved := json.loads(json.dumps(results)))["seeds"][1]["networks"]["simclr"]
     (study.folder / "study.json").write_text(json.dumps(saved))
     with pytest.raises(TypeError, match="NoneType"):
         study.conduct()
+
+
+def test_seeds_join_those_that_are_there(
+    place: Path, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(place, tmp_path / "copy")
+    study = replace(study_of(tmp_path / "copy", (3,)), config=config_of(place / "colors.npz"))
+    assert study.conduct() == results
+    monkeypatch.setattr(Study, "_measure", lambda *_: {**results["seeds"][0]["networks"]["hybrid"]})
+    joined = replace(study, seeds=(1,)).conduct()
+    assert [seed["seed"] for seed in joined["seeds"]] == [0, 1, 3]
+    assert joined["seeds"][::2] == results["seeds"]
+
+
+def test_other_options_measure_the_same_runs_anew(
+    place: Path, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(place, tmp_path / "copy")
+    study = replace(study_of(tmp_path / "copy", (0, 3)), config=config_of(place / "colors.npz"))
+    monkeypatch.setattr(Trainer, "advance", None)
+    monkeypatch.setattr("gcrl.evaluation.finetuning.train_classifier", None)
+    fewer = replace(study, options=replace(study.options, test_images=20)).conduct()
+    assert {n["test_images"] for s in fewer["seeds"] for n in s["networks"].values()} == {20}
 
 
 def test_the_networks_start_alike_and_see_the_same_images(tmp_path: Path) -> None:
@@ -231,6 +258,13 @@ def test_one_seed_is_judged_by_the_margins(hybrid: tuple[float, float], keeps: l
     assert [verdict["allowed"] for verdict in verdicts] == [0.01, 0.01, 0.03]
 
 
+def test_a_shortfall_of_the_margin_is_kept() -> None:
+    for reference in np.round(np.arange(0.15, 1, 0.01), 2):  # some differences are rounded up
+        hybrid = (round(reference - 0.01, 2), round(4 + reference + 0.03, 2))
+        verdicts = judge([seed_of(hybrid, reference, 4 + reference)], [])
+        assert all(verdict["keeps"] for verdict in verdicts)
+
+
 def test_several_seeds_allow_two_standard_errors() -> None:
     short = [0.00, 0.06]  # mean 0.03, deviation sqrt(2) * 0.03, error 0.03
     verdict = judge([seed_of((0.5 - s, 4.0), 0.5, 4.0) for s in short], [])[0]
@@ -279,10 +313,11 @@ def test_a_decoder_that_was_not_trained_has_no_likelihood() -> None:
     scores = {"likelihood": {"auroc": 0.9}, "compressed size": {"auroc": 0.6}}
     parts = {
         "classification": {"not_measured": "no labels"},
-        "likelihood": {"bits_per_pixel": 4.0},
+        "likelihood": {"bits_per_pixel": 4.0, "test_images": 9},
         "ood": {"sets": {"svhn": {"images": 7, "scores": scores}}},
     }
     assert summarise(parts, generates=False) == {
+        "test_images": 9,
         "auroc": {"svhn": {"compressed size": 0.6}}, "ood_images": {"svhn": 7},
     }  # fmt: skip
     assert summarise(parts, generates=True)["bits_per_pixel"] == 4.0
@@ -295,6 +330,8 @@ def test_a_decoder_that_was_not_trained_has_no_likelihood() -> None:
         ("--beta 0", "beta: expected more than 0, as the hybrid has both losses"),
         ("--seeds 1 1", "seeds: expected different ones, got [1, 1]"),
         ("--seeds -1", "seeds: expected at least 0"),
+        ("--train-images 0", "train_images: expected at least 1, got 0"),
+        ("--test-images 0", "test_images: expected at least 1, got 0"),
         ("--ood nowhere", "nowhere: no such file or folder"),
         ("--two-strong", "two_strong: expected false with alpha above 0"),
     ],

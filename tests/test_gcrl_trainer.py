@@ -132,6 +132,14 @@ def test_the_progress_bar_shows_losses_and_speed(
     assert not capsys.readouterr().err
 
 
+def test_the_speed_is_that_of_the_steps(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Trainer, "save", lambda *_: time.sleep(1))
+    config = tiny(steps=5, log_every=2, checkpoint_every=1, evaluate=False)
+    train(config, tmp_path / "run", progress=False)
+    images = 2 * config.optim.batch_size  # in two steps, which took two seconds with their saving
+    assert records(tmp_path / "run")[-2]["images_per_second"] > images
+
+
 def test_the_same_run_again_is_the_same_bitwise(whole: Path, tmp_path: Path) -> None:
     train(Config.load(whole / "config.json"), tmp_path, progress=False)
     assert weights(tmp_path) == weights(whole)

@@ -65,7 +65,7 @@ class Evaluate:
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Folder for the results; by default RUN/evaluation, with --data RUN/evaluation-NAME."""
     again: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Measure anew what is there already."""
+    """Measure anew what is there already; from the same features, which stay kept."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
     measurement: Options = field(default_factory=Options)
@@ -107,6 +107,10 @@ class Study:
     """Start from this configuration, such as RUN/config.json, and not from a preset."""
     seeds: tuple[int, ...] = ()
     """Seeds to repeat everything under; by default --seed alone."""
+    train_images: int | None = None
+    """Labelled training images to learn from, at most; by default --probe-train."""
+    test_images: int | None = None
+    """Test images to measure on, at most; by default --probe-test."""
     ood: tuple[str, ...] = ()
     """Images unlike the run's, to be told apart: .npz files or folders of images."""
 
@@ -115,7 +119,8 @@ class Study:
 
         folder = self.out or Path("studies") / self.settings.preset
         seeds = self.seeds or (self.settings.runtime.seed,)
-        study = runs.Study(self.settings, folder, seeds, Options(ood=self.ood))
+        options = Options(self.train_images, self.test_images, ood=self.ood)
+        study = runs.Study(self.settings, folder, seeds, options)
         print(report.table(study.conduct()), end="")
 
 

@@ -115,7 +115,9 @@ class Trainer:
                         self.record(recorder, bar, (self.step - clock_step) / seconds)
                         clock, clock_step = time.perf_counter(), self.step
                     if self.step % runtime.checkpoint_every == 0 or ended or signal_number:
+                        begun = time.perf_counter()
                         self.save(folder, recorder)
+                        clock += time.perf_counter() - begun  # the rates are those of the steps
                     if signal_number:
                         raise Interrupted(signal_number, self.step, folder)
         finally:
@@ -306,10 +308,16 @@ def backward(
 
 def autocast(device: torch.device, runtime: RuntimeConfig) -> AbstractContextManager[object]:
     """The precision of a training's forward."""
-    precision = runtime.precision
-    if precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(device)):
+    if resolve_precision(device, runtime) == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
+
+
+def resolve_precision(device: torch.device, runtime: RuntimeConfig) -> str:
+    """'bfloat16' or 'float32': what 'auto' means on the device."""
+    if runtime.precision != "auto":
+        return runtime.precision
+    return "bfloat16" if multiplies_bfloat16(device) else "float32"
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from gcrl.evaluation import probe
 from gcrl.evaluation.markdown import percent, rows
@@ -30,11 +31,11 @@ def measure(subject: Subject) -> dict[str, Any]:
     names = subject.run.model.layer_names
     train = subject.features.layer(subject.train.images, choice.layer)
     test = subject.features.layer(subject.test.images, choice.layer)
-    classifier = fit(train, train_labels, choice.strength)
+    classifier = probe.train_probe(subject, choice)
     classes, counts = np.unique(test_labels, return_counts=True)
     results: dict[str, Any] = {
         "train_images": len(train),
-        "held_out": int(subject.held_out.sum()),
+        "held_out": len(subject.validation),
         "test_images": len(test),
         "classes": len(np.unique(train_labels)),
         "chance": float(counts.max() / len(test)),
@@ -60,7 +61,7 @@ def measure(subject: Subject) -> dict[str, Any]:
         knn = nearest_neighbors(train, train_labels, test, test_labels, neighbors)
         results["knn"] = {"neighbors": neighbors, "accuracy": knn}
     for count in subject.options.labels_per_class:
-        few = _few_labels(subject, train, test, count)
+        few = _few_labels(subject, choice, count)
         if few is None:
             results["notes"].append(f"No probe of {count} labels a class: one class has fewer.")
         else:
@@ -79,9 +80,9 @@ def table(results: dict[str, Any]) -> str:
         lines.append((f"probe of {few['labels_per_class']} labels a class", spread))
     layers = [(entry["layer"], entry["held_out_accuracy"]) for entry in results["layers"]]
     text = [
-        f"{results['test_images']:,} test images, {results['train_images']:,} training images, "
-        f"of which {results['held_out']:,} chose the layer and the strength C = "
-        f"{results['strength']:g}.",
+        f"{results['test_images']:,} test images, {results['train_images']:,} training images; "
+        f"{results['held_out']:,} others chose the layer and the strength C = "
+        f"{results['strength']:g}, and the strength of each probe of few labels.",
         "",
         *rows(("on test images", "accuracy"), lines, percent),
         "",
@@ -125,26 +126,28 @@ def draw(results: dict[str, Any], subject: Subject) -> dict[str, Figure]:
     return {"classification": figure}
 
 
-def _few_labels(
-    subject: Subject, train: np.ndarray, test: np.ndarray, count: int
-) -> dict[str, Any] | None:
+def _few_labels(subject: Subject, choice: probe.Choice, count: int) -> dict[str, Any] | None:
     """The probe's accuracy from `count` labels of each class, over several draws of them.
 
-    The strength is the one that does best on the held-out images. None where a class has too few.
+    The strength is the one that does best on the held-out images, of which all labels are read.
+    None where a class has too few.
     """
-    train_labels, test_labels = subject.labels
-    held_out = subject.held_out
-    open_labels = train_labels[~held_out]
-    if np.unique(open_labels, return_counts=True)[1].min() < count:
+    labels, test_labels = subject.labels
+    classes, counts = np.unique(labels, return_counts=True)
+    if counts.min() < count:
         return None
+    train, validation, test = (
+        subject.features.layer(part.images, choice.layer)
+        for part in (subject.train, subject.validation, subject.test)
+    )
     accuracy = []
-    for draw_number in range(subject.options.draws):
-        rng = np.random.default_rng((subject.seed, count, draw_number))
-        order = rng.permutation(np.flatnonzero(~held_out))
-        by_class = [order[train_labels[order] == label][:count] for label in np.unique(open_labels)]
-        chosen = np.concatenate(by_class)
-        probes = [fit(train[chosen], train_labels[chosen], strength) for strength in STRENGTHS]
-        scores = [fitted.score(train[held_out], train_labels[held_out]) for fitted in probes]
+    draws = tqdm(range(subject.options.draws), f"{count} labels", disable=not subject.progress,
+                 leave=False)  # fmt: skip
+    for draw_number in draws:
+        order = np.random.default_rng((subject.seed, count, draw_number)).permutation(len(train))
+        chosen = np.concatenate([order[labels[order] == label][:count] for label in classes])
+        probes = [fit(train[chosen], labels[chosen], strength) for strength in STRENGTHS]
+        scores = [fitted.score(validation, subject.validation.labels) for fitted in probes]
         accuracy.append(probes[int(np.argmax(scores))].score(test, test_labels))
     return {
         "labels_per_class": count,

@@ -29,7 +29,7 @@ from gcrl.trainer import autocast, derive_seed, learning_rate, make_optimizer, u
 from gcrl.views import weak_view
 
 KEPT = {"labels alone": 0.0, "generative loss kept": 1.0}  # its weight beside the cross-entropy
-WARMUP = 0.1  # share of the steps
+WARMUP = AVERAGED = 0.1  # shares of the steps; over the last of them the weights are averaged
 STANDARDISED = 1000  # images by which the head is standardised, at most
 
 
@@ -54,8 +54,9 @@ class Head(nn.Module):
     def standardise(self, features: Tensor) -> None:
         """Take mean and deviation from features [N, width]; what does not vary is not divided."""
         deviation = features.std(0, correction=0)
+        varies = deviation > 1e-6 * features.abs().amax(0)  # more than by rounding
         self.mean.copy_(features.mean(0))
-        self.deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
+        self.deviation.copy_(torch.where(varies, deviation, 1.0))
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, width] -> logits [N, classes]"""
@@ -145,10 +146,14 @@ def draw(results: dict[str, Any], subject: Subject) -> dict[str, Figure]:
     return {"finetuning": figure}
 
 
+def kept(subject: Subject) -> list[str]:
+    """The names of the classifiers that were trained before with these options."""
+    return [name for name in KEPT if _path(subject, name).is_file()]
+
+
 def find(subject: Subject) -> dict[str, Classifier]:
     """The classifiers that were trained before with these options, by their names."""
-    paths = {name: _path(subject, name) for name in KEPT}
-    return {name: _finetuned(subject, name) for name, path in paths.items() if path.is_file()}
+    return {name: _finetuned(subject, name) for name in kept(subject)}
 
 
 def train_classifier(
@@ -165,7 +170,7 @@ def train_classifier(
     seed, device = run.config.runtime.seed, run.device
     model = copy.deepcopy(run.model).train()
     head = Head(run.config.model.width, len(classes)).to(device)
-    head.standardise(run.encode(images.images[:STANDARDISED]).to(device))
+    head.standardise(run.encode(images.draw(STANDARDISED, seed).images).to(device))
     both = nn.ModuleList((model, head))
     averages = {key: value.detach().clone() for key, value in both.named_parameters()}
     optimizer = make_optimizer(both, optim)
@@ -195,6 +200,14 @@ def train_classifier(
         for key, parameter in both.named_parameters():
             parameter.copy_(averages[key])
     return Classifier(replace(run, model=model.eval()), head, classes)
+
+
+def averaged(optim: OptimConfig) -> OptimConfig:
+    """With an average of the weights that has forgotten how they began.
+
+    A run's own decay, meant for many steps, would return what a short training started from.
+    """
+    return replace(optim, ema=min(optim.ema, max(0.0, 1 - 1 / (AVERAGED * optim.steps))))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -242,11 +255,7 @@ def kept_classifier(
 
 def _finetuned(subject: Subject, name: str) -> Classifier:
     """The classifier of that name, trained unless it is in the store."""
-    run, options = subject.run, subject.options
-    optim = replace(
-        run.config.optim, steps=options.finetuning_steps, learning_rate=options.finetuning_rate,
-        warmup_steps=int(WARMUP * options.finetuning_steps),
-    )  # fmt: skip
+    run, optim = subject.run, _schedule(subject)
     images = ImageSet(run.fit(subject.train.images).numpy(), subject.labels[0])
     return kept_classifier(
         subject.store, _path(subject, name), run, images, optim,
@@ -254,10 +263,19 @@ def _finetuned(subject: Subject, name: str) -> Classifier:
     )  # fmt: skip
 
 
+def _schedule(subject: Subject) -> OptimConfig:
+    """The run's own, but for steps and rate."""
+    steps, rate = subject.options.finetuning_steps, subject.options.finetuning_rate
+    optim = subject.run.config.optim
+    return averaged(
+        replace(optim, steps=steps, learning_rate=rate, warmup_steps=int(WARMUP * steps))
+    )
+
+
 def _path(subject: Subject, name: str) -> Path:
     ingredients = (
-        subject.features.fingerprint, name.encode(), repr(inputs(subject)).encode(),
-        repr((subject.run.config.optim, subject.run.config.views, subject.seed)).encode(),
+        subject.features.fingerprint, name.encode(),
+        repr((_schedule(subject), subject.run.config.views, subject.seed)).encode(),
         array_digest(subject.train.images), array_digest(subject.labels[0]),
     )  # fmt: skip
     return subject.store.path("finetuned", ingredients, ".safetensors")

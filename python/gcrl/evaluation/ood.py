@@ -76,15 +76,22 @@ def measure(subject: Subject) -> dict[str, Any]:
         measured = {score: detection(inside[score], outside[score]) for score in scores}
         results["sets"][name] = {"images": len(images), "scores": measured}
         nats[name] = outside["likelihood"] / pixels
-        if measured["likelihood"]["auroc"] < 0.5:
-            results["notes"].append(
-                f"The run finds {name} more likely than its own test images (AUROC "
-                f"{percent(measured['likelihood']['auroc'])}): the likelihood alone does not tell "
-                "them apart (Nalisnick et al. 2019), simple images are likely wherever they are "
-                "from."
-            )
+    results["notes"] += _more_likely(results["sets"])
     results["nats_per_pixel"] = _histograms(nats)
     return results
+
+
+def _more_likely(sets: dict[str, Any]) -> list[str]:
+    """A note that names the sets which the likelihood takes for the run's own, if there are any."""
+    found = {name: part["scores"]["likelihood"]["auroc"] for name, part in sets.items()}
+    likely = [f"{name} (AUROC {percent(auroc)})" for name, auroc in found.items() if auroc < 0.5]
+    if not likely:
+        return []
+    return [
+        f"The run finds these more likely than its own test images: {', '.join(likely)}. The "
+        "likelihood alone does not tell them apart (Nalisnick et al. 2019): simple images are "
+        "likely wherever they are from."
+    ]
 
 
 def table(results: dict[str, Any]) -> str:

@@ -23,12 +23,13 @@ class Choice(NamedTuple):
 
 
 def choose(subject: Subject) -> Choice:
-    """Sweep the layers and STRENGTHS; of equals, the later layer and the larger strength."""
-    features, train = subject.features, subject.train
-    labels, held_out = subject.labels[0], subject.held_out
+    """Sweep the layers and STRENGTHS; of equals, the later layer and the earlier strength."""
+    features, train, validation = subject.features, subject.train, subject.validation
+    labels = subject.labels[0]
 
     def sweep() -> np.ndarray:
         layers = features.layers(train.images)  # [N, layers, width]
+        held_out = features.layers(validation.images)  # [M, layers, width]
         accuracy = np.empty((layers.shape[1], len(STRENGTHS)))
         bar = tqdm(
             np.ndindex(accuracy.shape),
@@ -38,14 +39,13 @@ def choose(subject: Subject) -> Choice:
             leave=False,
         )
         for layer, strength in bar:
-            part = layers[:, layer]
-            probe = fit(part[~held_out], labels[~held_out], STRENGTHS[strength])
-            accuracy[layer, strength] = probe.score(part[held_out], labels[held_out])
+            probe = fit(layers[:, layer], labels, STRENGTHS[strength])
+            accuracy[layer, strength] = probe.score(held_out[:, layer], validation.labels)
         return accuracy
 
     ingredients = (
         features.fingerprint, array_digest(train.images), array_digest(labels),
-        array_digest(held_out), repr(STRENGTHS).encode(),
+        array_digest(validation.images), array_digest(validation.labels), repr(STRENGTHS).encode(),
     )  # fmt: skip
     accuracy = subject.store.get("sweep", ingredients, sweep)
     layer = len(accuracy) - 1 - int(np.argmax(accuracy.max(1)[::-1]))
@@ -53,7 +53,7 @@ def choose(subject: Subject) -> Choice:
 
 
 def train_probe(subject: Subject, choice: Choice) -> Pipeline:
-    """The probe of the chosen layer and strength, on all training images."""
+    """The probe of the chosen layer and strength."""
     features = subject.features.layer(subject.train.images, choice.layer)
     return fit(features, subject.labels[0], choice.strength)
 

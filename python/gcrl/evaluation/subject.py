@@ -15,7 +15,7 @@ from gcrl.evaluation.options import Options
 from gcrl.evaluation.store import Store, array_digest, digest
 from gcrl.run import Run
 
-HELD_OUT = 5000  # training images to choose on; a tenth where there are fewer than 50,000
+HELD_OUT = 5000  # training images to choose on, at most
 
 
 class NotMeasuredError(ValueError):
@@ -38,10 +38,38 @@ class Subject:
         return self.run.config.runtime.seed
 
     @cached_property
+    def _parts(self) -> tuple[ImageSet, ImageSet]:
+        """Training images to learn from and to choose on: all classes alike, by the run's seed.
+
+        To choose on there are HELD_OUT of those that are not learned from, or else a tenth of all.
+        """
+        everything, limit = self.dataset.train, self.options.train_images
+        limit = limit or self.run.config.evaluation.probe_train
+        count = len(everything)
+        held_out = min(HELD_OUT, max(count - limit, count // 10))
+        if held_out < 2:
+            return everything.draw(limit, self.seed), everything.take(np.arange(0))
+        chosen = draw_held_out(count, everything.labels, self.seed, held_out)
+        rest = everything.take(np.flatnonzero(~chosen))
+        return rest.draw(limit, self.seed), everything.take(np.flatnonzero(chosen))
+
+    @property
     def train(self) -> ImageSet:
-        """Training images, chosen by the run's seed."""
-        limit = self.options.train_images or self.run.config.evaluation.probe_train
-        return self.dataset.train.draw(limit, self.seed)
+        """Training images to learn from."""
+        return self._parts[0]
+
+    @property
+    def validation(self) -> ImageSet:
+        """Training images held out, to choose a layer and a strength on.
+
+        Raises NotMeasuredError where there are too few to hold any out.
+        """
+        if not len(self._parts[1]):
+            raise NotMeasuredError(
+                "expected at least 20 training images, to hold a tenth out; got "
+                f"{len(self.dataset.train)}"
+            )
+        return self._parts[1]
 
     @cached_property
     def test(self) -> ImageSet:
@@ -52,7 +80,7 @@ class Subject:
     @cached_property
     def fingerprint(self) -> bytes:
         """A hash of the images and labels."""
-        sets = (self.train, self.test)
+        sets = (*self._parts, self.test)
         arrays = [array_digest(array) for part in sets for array in (part.images, part.labels)]
         return digest(*arrays).encode()
 
@@ -80,16 +108,3 @@ class Subject:
         if len(np.unique(train)) < 2:
             raise NotMeasuredError("all training images are of one class")
         return train, test
-
-    @cached_property
-    def held_out(self) -> np.ndarray:
-        """Which training images are held out to choose on, bool [N]: a share of every class."""
-        size = min(HELD_OUT, len(self.train) // 10)
-        if size < 2:
-            raise NotMeasuredError(
-                f"expected at least 20 training images, to hold a tenth out; got {len(self.train)}"
-            )
-        held_out = draw_held_out(len(self.train), self.train.labels, self.seed, size)
-        if len(np.unique(self.labels[0][~held_out])) < 2:
-            raise NotMeasuredError("without those held out, all training images are of one class")
-        return held_out

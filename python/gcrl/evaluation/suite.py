@@ -13,9 +13,11 @@ from typing import Any
 from gcrl.checkpoint import replace_file
 from gcrl.config import ConfigError
 from gcrl.evaluation import PARTS
-from gcrl.evaluation.store import FORMAT, digest
+from gcrl.evaluation.store import digest
 from gcrl.evaluation.subject import NotMeasuredError, Subject
 from gcrl.figures import save
+
+FORMAT = 3  # of the results; to be raised when what is measured changes
 
 
 class StoppedError(RuntimeError):

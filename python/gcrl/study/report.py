@@ -16,12 +16,12 @@ from gcrl.checkpoint import replace_file
 from gcrl.evaluation.markdown import number, rows
 from gcrl.figures import BLUE, GREY, save
 from gcrl.study.variants import VARIANTS
-from gcrl.study.verdict import ACCURACY, AUROC, BITS, MARGINS, SCORE, read
+from gcrl.study.verdict import ACCURACY, AUROC, BITS, SCORE, read
 
 SHOWN = (SCORE, "likelihood corrected by size", "Mahalanobis distance")  # scores in the table
+COLUMNS = 3  # of the figure's panels
 SIZE_ALONE = "compressed size"  # a score that takes no network
 _NAMES = {ACCURACY: "probe accuracy", BITS: "bits per pixel", AUROC: f"AUROC of the {SCORE}"}
-_REFERENCES = {ACCURACY: ("contrastive", "simclr"), BITS: ("generative",), AUROC: ("generative",)}
 
 
 def write(folder: Path, results: dict[str, Any]) -> None:
@@ -56,21 +56,29 @@ def headline(results: dict[str, Any]) -> str:
     optim, count = results["config"]["optim"], len(results["seeds"])
     images = optim["steps"] * optim["batch_size"] * optim["accumulate"]
     spread = f"{count} seeds, mean ± deviation over them" if count > 1 else "1 seed"
-    return f"{results['dataset']}: {images:,} images seen by every trained network, {spread}."
+    measured = [n["test_images"] for seed in results["seeds"] for n in seed["networks"].values()]
+    return (
+        f"{results['dataset']}: {images:,} images seen by every trained network, {spread}; "
+        f"measured on {max(measured, default=0):,} test images."
+    )
 
 
 def figure(results: dict[str, Any]) -> Figure:
-    """A panel for each measure, a bar for each network; the band is what counts as kept."""
+    """A panel for each measure, a point for each network; the band is what counts as kept."""
     measures: list[tuple[str, str | None]] = [(ACCURACY, None), (BITS, None)]
     measures += [(AUROC, name) for name in results["sets"]]
     present = _present(results)
-    height = 0.45 * len(present) + 1.2
-    drawn = Figure(figsize=(3.4 * len(measures) + 2.2, height), layout="constrained")
-    panels = drawn.subplots(1, len(measures), sharey=True, squeeze=False)[0]
-    for axes, (measure, name) in zip(panels, measures, strict=True):
+    columns = min(COLUMNS, len(measures))
+    lines = -(-len(measures) // columns)
+    size = (3 * columns + 2.5, (0.36 * len(present) + 1) * lines)
+    drawn = Figure(figsize=size, layout="constrained")
+    panels = drawn.subplots(lines, columns, sharey=True, squeeze=False)
+    for axes, (measure, name) in zip(panels.flat, measures, strict=False):
         _panel(axes, results, present, measure, name)
-    panels[0].set_yticks(range(len(present)), [VARIANTS[v].title for v in present])
-    panels[0].invert_yaxis()
+    for axes in panels.flat[len(measures) :]:
+        axes.set_axis_off()
+    panels[0, 0].set_yticks(range(len(present)), [VARIANTS[v].title for v in present])
+    panels[0, 0].set_ylim(len(present) - 0.5, -0.5)
     return drawn
 
 
@@ -84,20 +92,22 @@ def _panel(
             axes.text(0.02, place, "not measured" if measure == ACCURACY else "no decoder trained",
                       transform=axes.get_yaxis_transform(), va="center", color=GREY)  # fmt: skip
             continue
-        mean, error = factor * np.mean(values), factor * np.std(values)
-        color = BLUE if variant == "hybrid" else "#b8cfe2"
-        axes.barh(place, mean, xerr=error if len(values) > 1 else None, color=color)
-        axes.annotate(f"{mean:.4g}", (mean, place), xytext=(4, 0), textcoords="offset points",
-                      va="center")  # fmt: skip
-    for variant in _REFERENCES[measure]:
-        values = _values(results, variant, lambda found: read(found, measure, name))
-        if values:
-            kept = factor * float(np.mean(values))
-            edge = kept + (1 if measure == BITS else -factor) * MARGINS[measure]
-            axes.axvspan(min(kept, edge), max(kept, edge), color="#e9a23b", alpha=0.5, linewidth=0)
+        mean, error = factor * np.mean(values), factor * _deviation(values)
+        color = BLUE if variant == "hybrid" else GREY
+        axes.errorbar(mean, place, xerr=error if len(values) > 1 else None, fmt="o", color=color)
+        axes.annotate(f"{mean:.3f}" if measure == BITS else f"{mean:.1f}", (mean, place),
+                      xytext=(0, 5), textcoords="offset points", ha="center")  # fmt: skip
+    for verdict in results["verdicts"]:
+        if (verdict["measure"], verdict["set"]) == (measure, name):
+            other = _values(results, verdict["against"], lambda found: read(found, measure, name))
+            kept, allowed = factor * float(np.mean(other)), factor * verdict["allowed"]
+            band = (kept, kept + allowed) if measure == BITS else (kept - allowed, kept)
+            axes.axvspan(*band, color="#e9a23b", alpha=0.5, linewidth=0)
     unit = "" if measure == BITS else ", %"
-    axes.set_title(f"{_NAMES[measure]}{f': {name}' if name else ''}{unit}", fontsize=11)
+    on_set = f"\non {_sized(results, name)}" if name else ""
+    axes.set_title(f"{_NAMES[measure]}{unit}{on_set}", fontsize=10)
     axes.margins(x=0.18)
+    axes.grid(axis="y", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -114,14 +124,30 @@ def verdicts(results: dict[str, Any]) -> Iterator[str]:
     yield ""
     for verdict in results["verdicts"]:
         name, bits = _NAMES[verdict["measure"]], verdict["measure"] == BITS
-        place = f" on {verdict['set']}" if verdict["set"] else ""
+        on_set = f" on {_sized(results, verdict['set'])}," if verdict["set"] else ""
         short, allowed = (
             f"{value:.3f}" if bits else f"{100 * value:.1f} points"
             for value in (verdict["short"], verdict["allowed"])
         )
         kept = "keeps" if verdict["keeps"] else "does not keep"
-        title = f"{name}{place} of '{VARIANTS[verdict['against']].title}'"
+        title = f"{name}{on_set} of '{VARIANTS[verdict['against']].title}'"
         yield f"- The hybrid {kept} the {title}: short by {short}, allowed {allowed}."
+    blind = [name for name in results["sets"] if _below_chance(results, name)]
+    if blind:
+        yield ""
+        yield (
+            f"Neither network's likelihood tells {', '.join(blind)} from the test images (AUROC "
+            "below 50%): what is kept there is a failure of both."
+        )
+
+
+def _below_chance(results: dict[str, Any], name: str) -> bool:
+    """Whether both the hybrid and the generative network find the set likelier than the tests."""
+    values = [
+        _values(results, variant, lambda found: read(found, AUROC, name))
+        for variant in ("hybrid", "generative")
+    ]
+    return all(found and np.mean(found) < 0.5 for found in values)
 
 
 def _line(results: dict[str, Any], variant: str) -> tuple[str | None, ...]:
@@ -155,13 +181,17 @@ def _auroc_table(results: dict[str, Any], present: list[str]) -> Iterator[str]:
         "the positive class."
     )
     yield ""
-    titles = [f"{name}, N = {results['set_sizes'][name]:,}" for name in results["sets"]]
+    titles = [_sized(results, name) for name in results["sets"]]
     yield from rows(("score", "network", *titles), lines, number)
 
 
 def _auroc(found: dict[str, Any], name: str, score: str) -> float | None:
     value: float | None = found[AUROC].get(name, {}).get(score)
     return value
+
+
+def _sized(results: dict[str, Any], name: str) -> str:
+    return f"{name}, N = {results['set_sizes'][name]:,}"
 
 
 def _present(results: dict[str, Any]) -> list[str]:
@@ -183,4 +213,8 @@ def _spread(values: list[float], form: str) -> str | None:
     if not values:
         return None
     mean = form.format(np.mean(values))
-    return mean if len(values) == 1 else f"{mean} ± {form.format(np.std(values, ddof=1))}"
+    return mean if len(values) == 1 else f"{mean} ± {form.format(_deviation(values))}"
+
+
+def _deviation(values: list[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

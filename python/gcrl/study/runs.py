@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,17 +14,19 @@ import torch
 import gcrl
 from gcrl.config import SEEDS, Config, ConfigError
 from gcrl.data import Dataset, ImageSet, load_dataset
-from gcrl.evaluation import finetuning
-from gcrl.evaluation.options import Options, ood_name, stamp
+from gcrl.evaluation import finetuning, suite
+from gcrl.evaluation.options import Options, content_digest, ood_name
 from gcrl.evaluation.store import Store, array_digest, digest
 from gcrl.evaluation.subject import Subject
 from gcrl.evaluation.suite import StoppedError, run_parts
 from gcrl.interrupts import Interrupted
-from gcrl.run import Run, load
+from gcrl.probes import check_finite
+from gcrl.run import Run, load, resolve_device
 from gcrl.study import report
 from gcrl.study.compute import training_flops, training_seconds
 from gcrl.study.variants import LABELS, TRAINED, UNTRAINED, VARIANTS, check_hybrid, configure
 from gcrl.study.verdict import judge
+from gcrl.trainer import resolve_precision, train
 
 PARTS = ("classification", "likelihood", "ood")
 
@@ -42,17 +45,19 @@ class Study:
         """Train and measure everything that is not done yet; returns what study.json holds.
 
         study.json, study.md and study.png are written after every network. Stopped, it goes on
-        from the last checkpoint of the run it was in; of a seed that is whole in study.json the
-        folder need not be there any more.
+        from the last checkpoint of the run it was in (the network that is trained with labels
+        begins anew). Seeds that are whole in study.json stay in it, and their folders need not be
+        there any more.
         Raises ConfigError for settings that make no study, or not the one that lies there;
         StoppedError after Ctrl-C.
         """
         self._check()
-        self.folder.mkdir(parents=True, exist_ok=True)
         grid, data = self.config.model.grid, self.config.data
         dataset = load_dataset(data.data, grid, download=data.download)
         finished = self._finished(dataset)
-        measured: dict[int, dict[str, Any]] = {s: finished.get(s, {}) for s in self.seeds}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        measured: dict[int, dict[str, Any]]
+        measured = {s: finished.get(s, {}) for s in sorted({*finished, *self.seeds})}
         results = self._results(measured, dataset)
         for seed in self.seeds:
             for name in VARIANTS if seed not in finished else ():
@@ -71,34 +76,45 @@ class Study:
         return results
 
     def _finished(self, dataset: Dataset) -> dict[int, dict[str, Any]]:
-        """The seeds that are whole in the study.json that lies there, if it is of this study."""
+        """The seeds that are whole in the study.json that lies there, if it is of this study.
+
+        Of another one, they can be measured anew where their runs are; ConfigError where not.
+        """
         try:
             saved = json.loads((self.folder / "study.json").read_bytes())
         except (OSError, ValueError):
             return {}
-        if any(saved.get(key) != value for key, value in self._identity(dataset).items()):
-            return {}
         expected = set(VARIANTS) - ({LABELS} if dataset.train.labels is None else set())
         seeds = {entry["seed"]: entry["networks"] for entry in saved["seeds"]}
-        return {seed: found for seed, found in seeds.items() if set(found) == expected}
+        whole = {seed: found for seed, found in seeds.items() if set(found) == expected}
+        differing = [k for k, value in self._identity(dataset).items() if saved.get(k) != value]
+        if not differing:
+            return whole
+        lost = [str(seed) for seed in whole if not (self.folder / f"seed-{seed}").is_dir()]
+        if lost:
+            raise ConfigError(
+                f"{self.folder} holds another study (in {', '.join(differing)}), which cannot be "
+                f"measured anew without the runs of seed {', '.join(lost)}: choose another folder"
+            )
+        return {}
 
     def _identity(self, dataset: Dataset) -> dict[str, Any]:
         """What all numbers of a study follow from, but for the seeds."""
         config = json.loads(self.config.to_json())
         del config["data"], config["runtime"]
         options = self.options
-        sizes = {ood_name(s): sum(int(size) for _, size, _ in stamp(s)) for s in options.ood}
         measured = {
             "train_images": options.train_images, "test_images": options.test_images,
             "labels_per_class": list(options.labels_per_class), "draws": options.draws,
-            "ood_bytes": sizes,
+            "ood": {ood_name(source): content_digest(source) for source in options.ood},
         }  # fmt: skip
         sets = (dataset.train, dataset.test)
         arrays = [array_digest(array) for part in sets for array in (part.images, part.labels)]
         palette = self.config.data.palette
         return {
             "config": config,
-            "precision": self.config.runtime.precision,
+            "format": suite.FORMAT,
+            "precision": resolve_precision(resolve_device(self._device), self.config.runtime),
             "palette": palette and digest(Path(palette).expanduser().read_bytes()),
             "options": measured,
             "images": digest(*arrays),
@@ -107,6 +123,8 @@ class Study:
     def _check(self) -> None:
         check_hybrid(self.config)
         self.options.validate()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("a study runs in one process: call `gcrl study` without torchrun")
         for seed in self.seeds:
             if seed not in SEEDS:
                 raise ConfigError(f"seeds: expected at least 0 and below 2^63, got {seed}")
@@ -123,22 +141,20 @@ class Study:
         else:
             hybrid = load(self.folder / f"seed-{seed}" / "hybrid", device=self._device)
             run = hybrid.untrained()
-        measures: dict[str, Any] = {}
+        classifier = None
         if name == LABELS:
             classifier = self._train_with_labels(run, dataset.train, folder)
             run = classifier.run
-            test = dataset.test
-            if test.labels is not None:
-                logits = classifier.logits(run.encode(test.images, progress=self.progress).numpy())
-                right = classifier.classes[logits.argmax(1)] == test.labels
-                measures["head_accuracy"] = float(right.mean())
         subject = Subject(run, dataset, folder / "evaluation", self.options, self.progress)
-        measures |= summarise(run_parts(subject, PARTS), VARIANTS[name].generates)
+        measures = summarise(run_parts(subject, PARTS), VARIANTS[name].generates)
+        if classifier is not None and subject.test.labels is not None:
+            encoding = subject.features.encoding(subject.test.images)
+            check_finite(encoding)
+            predicted = classifier.classes[classifier.logits(encoding).argmax(1)]
+            measures["head_accuracy"] = float((predicted == subject.test.labels).mean())
         return measures | self._compute(name, folder)
 
     def _train(self, name: str, seed: int, folder: Path) -> Run:
-        from gcrl.trainer import train
-
         config = configure(self.config, name, seed)
         train(config, folder, resume=(folder / "config.json").exists(), progress=self.progress)
         return load(folder, device=self._device)
@@ -149,6 +165,7 @@ class Study:
         """From the same start, as many images in the same order as the other runs."""
         optim = self.config.optim
         optim = replace(optim, batch_size=optim.batch_size * optim.accumulate, accumulate=1)
+        optim = finetuning.averaged(optim)
         subject = Subject(untrained, Dataset("", images, images, None), folder, self.options)
         store = Store(folder / "evaluation" / "features")
         ingredients = (
@@ -201,12 +218,11 @@ def summarise(parts: dict[str, Any], generates: bool) -> dict[str, Any]:
 
     The likelihood of a decoder that was not trained, and the scores made of it, are left out.
     """
-    found: dict[str, Any] = {"auroc": {}, "ood_images": {}}
     classification, density, ood = (parts[name] for name in PARTS)
+    found = {"test_images": density["test_images"], "auroc": {}, "ood_images": {}}
     if "not_measured" not in classification:
         found["accuracy"] = classification["linear_probe"]
         found["layer"] = classification["layer"]
-        found["test_images"] = classification["test_images"]
         found["knn"] = classification.get("knn", {}).get("accuracy")
     if generates:
         found["bits_per_pixel"] = density["bits_per_pixel"]

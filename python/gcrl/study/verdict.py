@@ -10,6 +10,7 @@ import numpy as np
 ACCURACY, BITS, AUROC = "accuracy", "bits_per_pixel", "auroc"
 MARGINS = {ACCURACY: 0.01, BITS: 0.03, AUROC: 0.02}
 SCORE = "likelihood"  # the score whose AUROC decides
+ROUNDING = 1e-9  # 0.45 - 0.44 is above 0.01
 
 Measures = Mapping[str, Mapping[str, Any]]  # one seed's, by variant
 
@@ -48,7 +49,7 @@ def judge(seeds: Sequence[Measures], sets: list[str]) -> list[dict[str, Any]]:
                 "short": float(short.mean()),
                 "standard_error": error,
                 "allowed": allowed,
-                "keeps": bool(short.mean() <= allowed),
+                "keeps": bool(short.mean() <= allowed + ROUNDING),
                 "seeds": len(short),
             }
         )
