@@ -116,6 +116,24 @@ def test_what_was_finished_before_an_interruption_is_kept(
     assert len(counted) == 1
 
 
+def test_what_other_options_measured_stays(run: Run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "noise.npz", images=tiny_run.noise_images(12))
+    found = run_parts(subject_of(run, tmp_path, ood=(str(tmp_path / "noise.npz"),)), ["ood"])
+    run_parts(subject_of(run, tmp_path), ["likelihood"])
+    without = run_parts(subject_of(run, tmp_path), ["ood"])
+    assert "it takes --ood" in without["ood"]["not_measured"]
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert set(saved) == {"likelihood", "ood"}
+    assert saved["ood"] == found["ood"]
+    assert "AUROC" in (tmp_path / "ood.md").read_text()
+    other = replace(run, model=run.untrained().model)  # another network's results are none of it
+    run_parts(subject_of(other, tmp_path), ["likelihood"])
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"likelihood"}
+    run_parts(subject_of(other, tmp_path), ["ood"])
+    assert "Not measured" in (tmp_path / "ood.md").read_text()
+    assert not (tmp_path / "ood.png").exists()
+
+
 def test_parts_that_are_none_are_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"parts: expected some of summary, .*; got 'flying'"):
         run_parts(subject_of(run, tmp_path), ["flying"])

@@ -19,7 +19,7 @@ from gcrl.data import ImageSet
 from gcrl.evaluation import calibration, classification, finetuning, likelihood, ood, probe, samples
 from gcrl.evaluation.options import Options
 from gcrl.evaluation.subject import Subject
-from gcrl.probes import STRENGTHS, fit
+from gcrl.probes import STRENGTHS, NotFiniteError, fit
 from gcrl.run import Run
 
 
@@ -192,6 +192,64 @@ def test_unsupervised_scores_by_hand(subject: Subject, monkeypatch: pytest.Monke
     np.testing.assert_allclose(scores["compressed size"](images), [-bits[0], -bits[1]])
     expected = np.array([7, 14]) / math.log(2) - bits
     np.testing.assert_allclose(scores["likelihood corrected by size"](images), expected)
+
+
+def test_the_gaussian_has_the_shape_of_the_training_images(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    train = rng.standard_normal((40, 3)) @ np.diag([9.0, 1.0, 0.1]) + 5
+    features = type(subject.features)
+    monkeypatch.setattr(features, "log_prob", lambda _, i: np.zeros(len(i)))
+    other = np.array([[14.0, 5, 5], [5, 6, 5], [5, 5, 5.1]])
+    monkeypatch.setattr(features, "encoding", lambda _, i: train if len(i) == 40 else other)
+    distance = ood.unsupervised_scores(subject)["Mahalanobis distance"](tiny_run.noise_images(3))
+    centred = train - train.mean(0)
+    covariance = centred.T @ centred / 40
+    identity = np.trace(covariance) / 3 * np.eye(3)
+    # Ledoit and Wolf (2004): the share of the identity is beta / delta.
+    spread = [np.outer(row, row) - covariance for row in centred]
+    beta = np.mean([(part**2).sum() for part in spread]) / 40
+    share = min(1.0, beta / ((covariance - identity) ** 2).sum())
+    shrunk = (1 - share) * covariance + share * identity
+    off = other - train.mean(0)
+    np.testing.assert_allclose(distance, np.einsum("ni,ij,nj->n", off, np.linalg.inv(shrunk), off))
+
+
+def test_too_few_neighbours_leave_their_distance_out(run: Run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "noise.npz", images=tiny_run.noise_images(12))
+    many = replace(run, config=tiny_run.with_settings("evaluation", neighbors=200))
+    options = Options(ood=(str(tmp_path / "noise.npz"),))
+    results = ood.measure(
+        Subject(many, tiny_run.color_classes(), tmp_path, options, progress=False)
+    )
+    assert not any("neighbour" in score for score in results["unsupervised"])
+    assert "No distance to neighbour 200, but 40 training images." in results["notes"]
+
+
+def test_likelihoods_that_are_not_finite_are_answered(run: Run, tmp_path: Path) -> None:
+    broken = run.untrained()
+    with torch.no_grad():
+        next(broken.model.parameters()).fill_(float("nan"))
+    subject = Subject(broken, tiny_run.color_classes(), tmp_path, progress=False)
+    with pytest.raises(NotFiniteError, match="NaN or infinite"):
+        likelihood.measure(subject)
+
+
+def test_without_its_loss_a_decoder_is_not_trained(run: Run, tmp_path: Path) -> None:
+    bare = replace(run, config=tiny_run.with_settings("objective", alpha=0.0))
+    np.savez(tmp_path / "noise.npz", images=tiny_run.noise_images(12))
+    options = Options(ood=(str(tmp_path / "noise.npz"),))
+    subject = Subject(bare, tiny_run.color_classes(), tmp_path, options, progress=False)
+    for part in (likelihood, ood):
+        assert "alpha is 0: the decoder was not trained" in part.table(part.measure(subject))
+
+
+def test_a_damaged_network_is_trained_anew(subject: Subject) -> None:
+    results = finetuning.measure(subject)
+    for path in subject.store.folder.glob("finetuned-*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-9])
+    assert finetuning.measure(subject) == results
 
 
 def test_supervised_scores_by_hand(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,9 @@ def test_calibration_error_by_hand() -> None:
     # |0.8 - 0.6| and |0.55 - 1|, each for half of the images
     error = probes.calibration_error(confidence, correct)
     assert error == pytest.approx((0.2 + 0.45) / 2, abs=1e-6)
+    # A confidence of 1 is in the bin of 0.96: |0.98 - 0.5|, not |0.96 - 1| and |1 - 0|.
+    error = probes.calibration_error(np.array([0.96, 1.0]), np.array([True, False]))
+    assert error == pytest.approx(0.48, abs=1e-6)
 
 
 def test_nearest_neighbours_by_hand() -> None:

@@ -10,17 +10,13 @@ from matplotlib.figure import Figure
 from gcrl.evaluation import finetuning, probe
 from gcrl.evaluation.finetuning import softmax
 from gcrl.evaluation.markdown import percent, rows
-from gcrl.evaluation.subject import NotMeasuredError, Subject
+from gcrl.evaluation.subject import Subject
 from gcrl.figures import BLUE, GREY
 from gcrl.probes import CALIBRATION_BINS, calibration_error
 
 
 def inputs(subject: Subject) -> dict[str, Any]:
-    try:
-        finetuned = sorted(finetuning.find(subject))
-    except NotMeasuredError:
-        finetuned = []
-    return {"finetuned": [finetuned, finetuning.inputs(subject)] if finetuned else []}
+    return finetuning.found(subject)
 
 
 def measure(subject: Subject) -> dict[str, Any]:

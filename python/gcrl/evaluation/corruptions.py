@@ -259,7 +259,11 @@ def _zoom(x: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _plasma(count: int, size: int, decay: float, rng: np.random.Generator) -> np.ndarray:
-    """Fractal noise by diamond and square on a torus, [count, s, s] in 0..1, s >= size."""
+    """Fractal noise by diamond and square on a torus, [count, s, s] in 0..1, s >= size.
+
+    The wobble falls by decay^2 a level, as the published one does, which is drawn from +-w and
+    multiplied by w, where w falls by decay.
+    """
     side = 2 ** math.ceil(math.log2(size))
     cloud = np.zeros((count, side, side))
     step, wobble = side, 100.0
@@ -277,7 +281,7 @@ def _plasma(count: int, size: int, decay: float, rng: np.random.Generator) -> np
         centres = cloud[:, middle, middle]
         around((edge, middle), corners, right, centres, np.roll(centres, 1, 1))
         around((middle, edge), corners, below, centres, np.roll(centres, 1, 2))
-        step, wobble = half, wobble / decay
+        step, wobble = half, wobble / decay**2
     cloud -= cloud.min((1, 2), keepdims=True)
     return cloud / np.maximum(cloud.max((1, 2), keepdims=True), 1e-12)
 

@@ -20,7 +20,7 @@ from gcrl.config import ObjectiveConfig, OptimConfig
 from gcrl.data import ImageSet
 from gcrl.evaluation.markdown import number, percent, rows
 from gcrl.evaluation.store import Store, array_digest
-from gcrl.evaluation.subject import Subject
+from gcrl.evaluation.subject import NotMeasuredError, Subject
 from gcrl.figures import BLUE, GREY
 from gcrl.palette import to_tokens
 from gcrl.probes import calibration_error
@@ -146,6 +146,15 @@ def draw(results: dict[str, Any], subject: Subject) -> dict[str, Figure]:
     return {"finetuning": figure}
 
 
+def found(subject: Subject) -> dict[str, Any]:
+    """For the inputs of a part that measures what `find` gives."""
+    try:
+        names = sorted(kept(subject))
+    except NotMeasuredError:
+        names = []
+    return {"finetuned": [names, inputs(subject)] if names else []}
+
+
 def kept(subject: Subject) -> list[str]:
     """The names of the classifiers that were trained before with these options."""
     return [name for name in KEPT if _path(subject, name).is_file()]
@@ -239,12 +248,12 @@ def kept_classifier(
     progress: bool,
 ) -> Classifier:
     """What train_classifier trains, from the store's file if it is there."""
-    if path.is_file():
-        assert images.labels is not None
+    assert images.labels is not None
+    if (saved := store.network(path)) is not None:
         classes = np.unique(images.labels)
         model, head = copy.deepcopy(run.model), Head(run.config.model.width, len(classes))
         both = nn.ModuleDict({"model": model, "head": head.to(run.device)})
-        both.load_state_dict(safetensors.torch.load(path.read_bytes()))
+        both.load_state_dict(saved)
         return Classifier(replace(run, model=model), head, classes)
     classifier = train_classifier(run, images, optim, alpha=alpha, progress=progress, name=name)
     both = nn.ModuleDict({"model": classifier.run.model, "head": classifier.head})

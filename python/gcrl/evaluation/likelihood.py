@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from gcrl.config import ObjectiveConfig
 from gcrl.evaluation.markdown import number, rows
 from gcrl.evaluation.subject import Subject
 from gcrl.figures import BLUE, GREY, rows_figure
@@ -40,7 +41,17 @@ def measure(subject: Subject) -> dict[str, Any]:
         "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
         "most_likely": _described(order[:SHOWN], nats),
         "least_likely": _described(order[::-1][:SHOWN], nats),
+        "notes": notes_on(subject.run.config.objective),
     }
+
+
+def notes_on(objective: ObjectiveConfig) -> list[str]:
+    """What is to be known of a likelihood that was trained by it."""
+    if objective.alpha == 0:
+        return ["alpha is 0: the decoder was not trained, and the likelihood shows it."]
+    if not objective.score_first_pixel:
+        return ["The first pixel was not trained, but its likelihood is counted here."]
+    return []
 
 
 def table(results: dict[str, Any]) -> str:
@@ -54,7 +65,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [(f"{unit} per pixel", *(results[name] / by for name in names)) for unit, by in scales]
     header = ("", "mean", "standard error", "deviation", "uniform guess")
     count = f"{results['test_images']:,} test images, {results['pixels']:,} palette pixels each."
-    return "\n".join([count, "", *rows(header, lines, number)])
+    notes = [line for note in results["notes"] for line in ("", note)]
+    return "\n".join([count, "", *rows(header, lines, number), *notes])
 
 
 def draw(results: dict[str, Any], subject: Subject) -> dict[str, Figure]:

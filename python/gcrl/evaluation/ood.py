@@ -23,6 +23,7 @@ from gcrl.data import load_dataset
 from gcrl.evaluation import finetuning, probe
 from gcrl.evaluation.features import Features
 from gcrl.evaluation.finetuning import softmax
+from gcrl.evaluation.likelihood import notes_on
 from gcrl.evaluation.markdown import percent, rows
 from gcrl.evaluation.options import ood_name, stamp
 from gcrl.evaluation.subject import NotMeasuredError, Subject
@@ -35,15 +36,10 @@ Score = Callable[[np.ndarray], np.ndarray]  # images uint8 [N, H, W, 3] -> [N]
 
 
 def inputs(subject: Subject) -> dict[str, Any]:
-    labelled = subject.train.labels is not None
-    try:
-        finetuned = sorted(finetuning.find(subject)) if labelled else []
-    except NotMeasuredError:
-        finetuned = []
     return {
         "ood": [[ood_name(source), stamp(source)] for source in subject.options.ood],
         "neighbors": subject.run.config.evaluation.neighbors,
-        "finetuned": [finetuned, finetuning.inputs(subject)] if finetuned else [],
+        **finetuning.found(subject),
     }
 
 
@@ -59,8 +55,13 @@ def measure(subject: Subject) -> dict[str, Any]:
         "unsupervised": list(unsupervised),
         "supervised": [],
         "sets": {},
-        "notes": [],
+        "notes": notes_on(subject.run.config.objective),
     }
+    neighbors = subject.run.config.evaluation.neighbors
+    if neighbors > len(subject.train):
+        results["notes"].append(
+            f"No distance to neighbour {neighbors}, but {len(subject.train)} training images."
+        )
     supervised: dict[str, Score] = {}
     try:
         supervised = supervised_scores(subject)
@@ -89,8 +90,8 @@ def _more_likely(sets: dict[str, Any]) -> list[str]:
         return []
     return [
         f"The run finds these more likely than its own test images: {', '.join(likely)}. The "
-        "likelihood alone does not tell them apart (Nalisnick et al. 2019): simple images are "
-        "likely wherever they are from."
+        "likelihood alone does not tell them apart (Nalisnick et al. 2019). Often simple images "
+        "are likely wherever they are from; whether these are simple, their compressed size tells."
     ]
 
 
@@ -98,7 +99,7 @@ def table(results: dict[str, Any]) -> str:
     counts = ", ".join(f"{part['images']:,} of {name}" for name, part in results["sets"].items())
     text = [
         f"{results['test_images']:,} test images against {counts}. Parts of a set compare with no "
-        "published figure.",
+        "published figure. The compressed size takes images that compress well for the others.",
     ]
     for name, part in results["sets"].items():
         lines = []
@@ -108,7 +109,7 @@ def table(results: dict[str, Any]) -> str:
                 lines.append(
                     (f"{score}, {kind}", *(found[key] for key in ("auroc", "aupr", "fpr")))
                 )
-        header = (name, "AUROC", "AUPR", "FPR at 95% kept")
+        header = (f"{name}, N = {part['images']:,}", "AUROC", "AUPR", "FPR at 95% kept")
         text += ["", *rows(header, lines, percent)]
     for note in results["notes"]:
         text += ["", note]
@@ -157,7 +158,14 @@ def detection(inside: np.ndarray, outside: np.ndarray) -> dict[str, float]:
 
 
 def unsupervised_scores(subject: Subject) -> dict[str, Score]:
-    """By name; they follow from the network and the training images, not from labels."""
+    """By name; they follow from the network and the training images, not from labels.
+
+    likelihood: -log p. typicality: |-log p - its mean on the training images| (Nalisnick et al.
+    2019). compressed size: -bits as PNG; corrected: of Serrà et al. (2020). Mahalanobis distance:
+    to one Gaussian of the encoding, squared (Lee et al. 2018 have one a class), its covariance
+    shrunk (Ledoit and Wolf 2004). distance to neighbour k: Euclidean, of encodings at length 1
+    (Sun et al. 2022).
+    """
     features, run = subject.features, subject.run
     train = features.encoding(subject.train.images)  # [N, width]
     gaussian = LedoitWolf().fit(train)  # one Gaussian, its covariance shrunk
@@ -179,8 +187,10 @@ def unsupervised_scores(subject: Subject) -> dict[str, Score]:
 
 
 def supervised_scores(subject: Subject) -> dict[str, Score]:
-    """By name: softmax maximum and energy of the linear probe, and of what finetuning has left.
+    """By name, of the linear probe and of what finetuning has left.
 
+    softmax: -max of the probabilities (Hendrycks and Gimpel 2017). energy: -logsumexp of the logits
+    (Liu et al. 2020).
     Raises NotMeasuredError where there are no labels.
     """
     choice = probe.choose(subject)

@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
 
 from gcrl.checkpoint import replace_file
 
@@ -15,7 +18,7 @@ FORMAT = 2  # to be raised when what is computed changes
 
 
 class Store:
-    """A folder of .npy files. One that is damaged counts as absent."""
+    """A folder of arrays (.npy) and of networks (.safetensors). A damaged file counts as absent."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -33,6 +36,13 @@ class Store:
         np.save(content, array, allow_pickle=False)
         self.write(path, content.getvalue())
         return array
+
+    def network(self, path: Path) -> dict[str, Tensor] | None:
+        """The tensors of a file of the store by name; None where it is absent."""
+        try:
+            return safetensors.torch.load(path.read_bytes())
+        except (OSError, SafetensorError):
+            return None
 
     def path(self, kind: str, ingredients: Sequence[bytes], suffix: str = ".npy") -> Path:
         """The file of what follows from the ingredients."""

@@ -32,9 +32,10 @@ def run_parts(
     """Measure the parts of these names, by default all, and write them into the subject's folder.
 
     Each leaves NAME.json, NAME.md and its pictures as soon as it is done; results.json and
-    results.md hold all that are there. A part whose file follows from the same network, images and
-    options is not measured again, unless `again`. One that cannot be measured here says why under
-    "not_measured". Returns the results by part.
+    results.md hold all that are there of the network. A part whose file follows from the same
+    network, images and options is not measured again, unless `again`. One that cannot be measured
+    here says why under "not_measured", and leaves what was measured before. Returns the results by
+    part.
     Raises ConfigError for a name that is no part, StoppedError after Ctrl-C.
     """
     subject.options.validate()
@@ -66,10 +67,7 @@ def choose_parts(names: Iterable[str]) -> list[str]:
 
 def find(subject: Subject, name: str) -> dict[str, Any] | None:
     """A part's results from before, if they follow from this network, images and options."""
-    try:
-        saved = json.loads((subject.folder / f"{name}.json").read_bytes())
-    except (OSError, ValueError):
-        return None
+    saved = _saved(subject, name)
     return saved["results"] if saved.get("key") == _key(subject, name) else None
 
 
@@ -87,18 +85,36 @@ def _measure(subject: Subject, name: str) -> dict[str, Any]:
         pictures = part.draw(results, subject)
     except NotMeasuredError as error:
         results, pictures = {"not_measured": str(error)}, {}
+        if "not_measured" not in _saved(subject, name).get("results", results):
+            return results
+        for picture in folder.glob(f"{name}*.png"):  # of another network
+            picture.unlink()
     for title, figure in pictures.items():
         save(figure, folder / f"{title}.png")
     replace_file(folder / f"{name}.md", table(name, results).encode())
     seconds = round(time.monotonic() - begun, 1)
-    _write_json(subject, name, {"key": _key(subject, name), "seconds": seconds, "results": results})
+    origin = {"key": _key(subject, name), "network": _network(subject), "seconds": seconds}
+    _write_json(subject, name, {**origin, "results": results})
     return results
+
+
+def _saved(subject: Subject, name: str) -> dict[str, Any]:
+    """What a part's file holds if it is of this network, whatever the images and options."""
+    try:
+        saved = json.loads((subject.folder / f"{name}.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return saved if saved.get("network") == _network(subject) else {}
+
+
+def _network(subject: Subject) -> str:
+    return digest(subject.features.fingerprint)
 
 
 def _write_all(subject: Subject) -> None:
     """results.json and results.md, of all parts that are done."""
-    done = {name: find(subject, name) for name in PARTS}
-    results = {name: part for name, part in done.items() if part is not None}
+    saved = {name: _saved(subject, name) for name in PARTS}
+    results = {name: part["results"] for name, part in saved.items() if part}
     heading = f"# {subject.dataset.name}, step {subject.run.step:,}, seed {subject.seed}\n"
     text = "\n".join([heading, *(table(name, part) for name, part in results.items())])
     _write_json(subject, "results", results)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gcrl.checkpoint import replace_file
 from gcrl.data import Dataset, ImageSet
+from gcrl.evaluation.likelihood import notes_on
 from gcrl.evaluation.markdown import number, percent, rows
 from gcrl.evaluation.subject import Subject
 from gcrl.palette import to_tokens
@@ -184,11 +185,7 @@ def _project(run: Run, view: Tensor) -> Tensor:
 
 def _loss_notes(run: Run) -> list[str]:
     objective = run.config.objective
-    notes = []
-    if objective.alpha == 0:
-        notes.append("alpha is 0: the decoder was not trained, and the likelihood shows it.")
-    elif not objective.score_first_pixel:
-        notes.append("The first pixel was not trained, but its likelihood is counted here.")
+    notes = notes_on(objective)
     if not differ(run.config.views):
         notes.append("No NT-Xent: both views of an image are always the same.")
     elif objective.beta == 0:
