@@ -285,6 +285,27 @@ def test_the_auroc_is_that_of_the_likelihood() -> None:
     assert not verdict["keeps"]
 
 
+def test_verdicts_in_words() -> None:
+    seed = seed_of((0.52, 4.02), 0.5, 4.0)
+    for name in ("hybrid", "generative"):
+        seed[name]["auroc"] = {"svhn": {"likelihood": 0.2}, "noise": {"likelihood": 0.9}}
+    results = {
+        "sets": ["noise", "svhn"], "set_sizes": {"noise": 1200, "svhn": 9},
+        "seeds": [{"seed": 0, "networks": seed}], "verdicts": judge([seed], ["noise", "svhn"]),
+    }  # fmt: skip
+    lines = list(report.verdicts(results))
+    pairs = "'contrastive, on the hybrid's pairs'"
+    assert f"- The hybrid keeps the probe accuracy of {pairs}: ahead by 2.0 points." in lines
+    assert (
+        "- The hybrid keeps the bits per pixel of 'generative': short by 0.020, 0.030 allowed."
+    ) in lines
+    assert (
+        "- The hybrid keeps the AUROC of the likelihood on noise, N = 1,200, of 'generative': "
+        "short by 0.0 points, 2.0 points allowed."
+    ) in lines
+    assert lines[-1].startswith("Neither network's likelihood tells svhn from the test images")
+
+
 def test_a_seed_that_is_not_done_gives_no_verdict() -> None:
     assert judge([], ["svhn"]) == []
     half = {"hybrid": {"accuracy": 0.5, "auroc": {}}}

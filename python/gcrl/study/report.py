@@ -34,21 +34,26 @@ def write(folder: Path, results: dict[str, Any]) -> None:
 
 def table(results: dict[str, Any]) -> str:
     """What every network can do, and whether the hybrid keeps it."""
-    present = _present(results)
-    header = ("network", "probe accuracy", "k-NN", "bits per pixel", "TFLOP", "minutes")
     lines = [
         f"{headline(results)} Compute is counted on paper, time is of the training alone. "
         "Generative is the axial network's, not iGPT's full attention.",
         "",
-        *rows(header, [_line(results, variant) for variant in present], number),
+        *networks(results),
     ]
-    heads = _values(results, "labels", lambda found: found.get("head_accuracy"))
-    if heads:
-        lines += ["", f"The head that was trained with labels itself: {_percent(heads)}."]
     if results["sets"]:
-        lines += ["", *_auroc_table(results, present)]
+        lines += ["", *_auroc_table(results, _present(results))]
     lines += ["", *verdicts(results)]
     return "\n".join(lines) + "\n"
+
+
+def networks(results: dict[str, Any]) -> Iterator[str]:
+    """Markdown lines: what each network can do, and what it cost."""
+    header = ("network", "probe accuracy", "k-NN", "bits per pixel", "TFLOP", "minutes")
+    yield from rows(header, [_line(results, variant) for variant in _present(results)], number)
+    heads = _values(results, "labels", lambda found: found.get("head_accuracy"))
+    if heads:
+        yield ""
+        yield f"The head that was trained with labels itself: {_percent(heads)}."
 
 
 def headline(results: dict[str, Any]) -> str:
@@ -127,11 +132,12 @@ def verdicts(results: dict[str, Any]) -> Iterator[str]:
         on_set = f" on {_sized(results, verdict['set'])}," if verdict["set"] else ""
         short, allowed = (
             f"{value:.3f}" if bits else f"{100 * value:.1f} points"
-            for value in (verdict["short"], verdict["allowed"])
+            for value in (abs(verdict["short"]), verdict["allowed"])
         )
+        by = f"ahead by {short}" if verdict["short"] < 0 else f"short by {short}, {allowed} allowed"
         kept = "keeps" if verdict["keeps"] else "does not keep"
         title = f"{name}{on_set} of '{VARIANTS[verdict['against']].title}'"
-        yield f"- The hybrid {kept} the {title}: short by {short}, allowed {allowed}."
+        yield f"- The hybrid {kept} the {title}: {by}."
     blind = [name for name in results["sets"] if _below_chance(results, name)]
     if blind:
         yield ""
