@@ -17,20 +17,22 @@ from benchmarks.documents import fill
 from benchmarks.environment import ROOT
 from benchmarks.results import FOLDER
 from benchmarks.search import RESULTS, START
-from gcrl.evaluation.markdown import rows
+from gcrl.evaluation.markdown import number, rows
 from gcrl.figures import save
 from gcrl.study import report
+from gcrl.study.verdict import ACCURACY, BITS
 
-STUDIES = {
-    "study-digits": "study_digits.json",
-    "study-cifar10-small": "study_cifar10_small.json",
-}  # what their marks and pictures are called
+DIGITS, PHOTOGRAPHS = "study-digits", "study-cifar10-small"  # their marks and pictures
+STUDIES = {DIGITS: "study_digits.json", PHOTOGRAPHS: "study_cifar10_small.json"}
 SEARCH = RESULTS.name
+REFERENCE = "study_digits_reference.json"  # the hybrid on plain PyTorch in place of the kernels
+COMPARED = {ACCURACY: "probe accuracy", "knn": "k-NN accuracy", BITS: "bits per pixel"}
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """The results that there are, by the names of their marks."""
-    files = {name: folder / file for name, file in {**STUDIES, "search": SEARCH}.items()}
+    names = {**STUDIES, "search": SEARCH, "reference": REFERENCE}
+    files = {name: folder / file for name, file in names.items()}
     return {
         name: json.loads(file.read_text(encoding="utf-8"))
         for name, file in files.items()
@@ -47,23 +49,23 @@ def page(found: dict[str, dict[str, Any]]) -> dict[str, str]:
             texts[name] = f"{_origin(found[name], file, '../')}\n\n{text}\n{picture}"
     if "search" in found:
         texts["search"] = search_table(found["search"])
+    if "reference" in found:
+        texts["reference"] = reference_table(found[DIGITS], found["reference"])
     return texts
 
 
 def short(found: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """The text of the README's mark: each study's figure and verdicts."""
-    parts = [
-        "\n\n".join(
-            (
-                f"![the study](docs/pictures/{name}.png)",
-                f"{report.headline(found[name])} {_origin(found[name], file, '')}",
-                "\n".join(report.verdicts(found[name])),
-            )
-        )
-        for name, file in STUDIES.items()
-        if name in found
-    ]
-    return {"findings": "\n\n".join(parts)} if parts else {}
+    """The text of the README's mark: what the study of photographs found."""
+    if PHOTOGRAPHS not in found:
+        return {}
+    study = found[PHOTOGRAPHS]
+    parts = (
+        f"{report.headline(study)} {_origin(study, STUDIES[PHOTOGRAPHS], '')}",
+        "\n".join(report.networks(study)),
+        f"![the study](docs/pictures/{PHOTOGRAPHS}.png)",
+        "\n".join(report.verdicts(study)),
+    )
+    return {"findings": "\n\n".join(parts)}
 
 
 def search_table(results: dict[str, Any]) -> str:
@@ -83,6 +85,16 @@ def search_table(results: dict[str, Any]) -> str:
             )
         )
     return "\n".join([_origin(results, SEARCH, "../"), "", *rows(header, lines, str)])
+
+
+def reference_table(study: dict[str, Any], reference: dict[str, Any]) -> str:
+    """The hybrid of each of the study's seeds, and of one of them without the kernels."""
+    seeds = {f"seed {entry['seed']}": entry["networks"]["hybrid"] for entry in study["seeds"]}
+    (plain,) = reference["seeds"]
+    seeds[f"seed {plain['seed']}, plain PyTorch"] = plain["networks"]["hybrid"]
+    lines = [(name, *(measured[key] for key in COMPARED)) for name, measured in seeds.items()]
+    table = rows(("hybrid", *COMPARED.values()), lines, number)
+    return "\n".join([_origin(reference, REFERENCE, "../"), "", *table])
 
 
 def _origin(results: dict[str, Any], file: str, root: str) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import findings
@@ -49,14 +50,15 @@ STUDY = {
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / findings.SEARCH).write_text(json.dumps(SEARCH))
-    (tmp_path / "study_digits.json").write_text(json.dumps(STUDY))
+    for file in findings.STUDIES.values():
+        (tmp_path / file).write_text(json.dumps(STUDY))
     return tmp_path
 
 
 def test_results_that_are_there_are_written_up(folder: Path) -> None:
     found = findings.load(folder)
     page = findings.page(found)
-    assert set(page) == {"study-digits", "search"}
+    assert set(page) == {"study-digits", "study-cifar10-small", "search"}
     lines = page["search"].splitlines()
     assert lines[0] == (
         "a CPU, 2 threads, commit 0123456789: "
@@ -72,9 +74,30 @@ def test_results_that_are_there_are_written_up(folder: Path) -> None:
     assert "| hybrid (GCRL) | 40.0% | 20.0% | 1.500 | 2 | 1.5 |" in study
     assert study.endswith("![the study](pictures/study-digits.png)")
     readme = findings.short(found)["findings"]
-    assert "![the study](docs/pictures/study-digits.png)" in readme
-    assert "](benchmarks/results/study_digits.json)" in readme
+    assert "![the study](docs/pictures/study-cifar10-small.png)" in readme
+    assert "](benchmarks/results/study_cifar10_small.json)" in readme
+    assert "| hybrid (GCRL) | 40.0% | 20.0% | 1.500 | 2 | 1.5 |" in readme
     assert "- The hybrid keeps the probe accuracy" in readme
+
+
+def test_the_reference_stands_beside_the_seeds(folder: Path) -> None:
+    reference = {**STUDY, "seeds": [{"seed": 0, "networks": {"hybrid": network(0.39, 1.52)}}]}
+    (folder / findings.REFERENCE).write_text(json.dumps(reference))
+    text = findings.page(findings.load(folder))["reference"]
+    assert "(../benchmarks/results/study_digits_reference.json)" in text
+    assert text.splitlines()[-2:] == [
+        "| seed 0 | 0.400 | 0.200 | 1.500 |", "| seed 0, plain PyTorch | 0.390 | 0.200 | 1.520 |",
+    ]  # fmt: skip
+
+
+def test_the_reference_is_within_the_spread_of_the_seeds() -> None:
+    """Of the committed results: as far from the seeds' mean as they are from one another."""
+    found = findings.load(FOLDER)
+    seeds = [entry["networks"]["hybrid"] for entry in found[findings.DIGITS]["seeds"]]
+    (plain,) = [entry["networks"]["hybrid"] for entry in found["reference"]["seeds"]]
+    for key in findings.COMPARED:
+        values = np.array([seed[key] for seed in seeds])
+        assert abs(plain[key] - values.mean()) <= np.ptp(values)
 
 
 def test_without_results_nothing_is_written(tmp_path: Path) -> None:
