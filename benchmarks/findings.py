@@ -100,7 +100,8 @@ def reference_table(study: dict[str, Any], reference: dict[str, Any]) -> str:
 def _origin(results: dict[str, Any], file: str, root: str) -> str:
     """Where results come from; `root` leads from the document to the repository's folder."""
     machine = results["machine"]
-    place = machine["gpu"] or f"{machine['cpu']}, {results['threads']} threads"
+    threads = f"{results['threads']} thread{'s' if results['threads'] > 1 else ''}"
+    place = machine["gpu"] or f"{machine['cpu']}, {threads}"
     link = f"[{file}]({root}benchmarks/results/{file})"
     return f"{place}, commit {results['commit'][:10]}: {link}."
 
