@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gcrl.config import ConfigError
-from gcrl.evaluation.store import digest
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,6 @@ class Options:
 def ood_name(source: str) -> str:
     """What the images of a file or folder are called."""
     return re.sub(r"\.npz$", "", Path(source).expanduser().absolute().name)
-
-
-def content_digest(source: str) -> str:
-    """A hash of what a file, or all files in a folder, hold: it changes when that does."""
-    return digest(*(digest(Path(str(file)).read_bytes()).encode() for file, *_ in stamp(source)))
 
 
 def stamp(source: str | Path | None) -> list[list[str | int]]:

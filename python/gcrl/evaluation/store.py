@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gcrl.checkpoint import replace_file
+from gcrl.evaluation.options import stamp
 
 FORMAT = 2  # to be raised when what is computed changes
 
@@ -61,6 +62,11 @@ def digest(*parts: bytes) -> str:
         sha.update(len(part).to_bytes(8, "big"))
         sha.update(part)
     return sha.hexdigest()
+
+
+def content_digest(source: str) -> str:
+    """A hash of what a file, or all files in a folder, hold: it changes when that does."""
+    return digest(*(digest(Path(str(file)).read_bytes()).encode() for file, *_ in stamp(source)))
 
 
 def array_digest(array: np.ndarray | None) -> bytes:

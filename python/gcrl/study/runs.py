@@ -15,8 +15,8 @@ import gcrl
 from gcrl.config import SEEDS, Config, ConfigError
 from gcrl.data import Dataset, ImageSet, load_dataset
 from gcrl.evaluation import finetuning, suite
-from gcrl.evaluation.options import Options, content_digest, ood_name
-from gcrl.evaluation.store import Store, array_digest, digest
+from gcrl.evaluation.options import Options, ood_name
+from gcrl.evaluation.store import Store, array_digest, content_digest, digest
 from gcrl.evaluation.subject import Subject
 from gcrl.evaluation.suite import StoppedError, run_parts
 from gcrl.interrupts import Interrupted
