@@ -49,7 +49,7 @@ def page(found: dict[str, dict[str, Any]]) -> dict[str, str]:
             texts[name] = f"{_origin(found[name], file, '../')}\n\n{text}\n{picture}"
     if "search" in found:
         texts["search"] = search_table(found["search"])
-    if "reference" in found:
+    if {DIGITS, "reference"} <= set(found):
         texts["reference"] = reference_table(found[DIGITS], found["reference"])
     return texts
 

@@ -91,7 +91,7 @@ def test_the_reference_stands_beside_the_seeds(folder: Path) -> None:
 
 
 def test_the_reference_is_within_the_spread_of_the_seeds() -> None:
-    """Of the committed results: as far from the seeds' mean as they are from one another."""
+    """Of the committed results: no further from the seeds' mean than they are from each other."""
     found = findings.load(FOLDER)
     seeds = [entry["networks"]["hybrid"] for entry in found[findings.DIGITS]["seeds"]]
     (plain,) = [entry["networks"]["hybrid"] for entry in found["reference"]["seeds"]]

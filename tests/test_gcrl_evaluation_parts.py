@@ -125,7 +125,9 @@ def test_few_labels_are_so_few(planted: Subject, monkeypatch: pytest.MonkeyPatch
         return fit(features, labels, strength)
 
     monkeypatch.setattr(classification, "fit", remember)
-    classification._few_labels(planted, probe.Choice(2, 1.0, np.zeros((5, 1))), 4)
+    parts = (planted.train, planted.validation, planted.test)
+    features = [planted.features.layer(part.images, 2) for part in parts]
+    classification._few_labels(planted, *features, 4)
     assert sizes == [[4, 4, 4]] * (3 * len(STRENGTHS))
 
 

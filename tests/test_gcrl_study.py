@@ -353,6 +353,7 @@ def test_a_decoder_that_was_not_trained_has_no_likelihood() -> None:
         ("--seeds -1", "seeds: expected at least 0"),
         ("--train-images 0", "train_images: expected at least 1, got 0"),
         ("--test-images 0", "test_images: expected at least 1, got 0"),
+        ("--device cuda:99", "device: 'cuda:99' was asked for, but PyTorch sees"),
         ("--ood nowhere", "nowhere: no such file or folder"),
         ("--two-strong", "two_strong: expected false with alpha above 0"),
     ],
@@ -364,6 +365,13 @@ def test_what_is_no_study(
     assert main(["study", *words.split()]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_study_runs_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process: call `gcrl study` without torchrun"):
+        study_of(tmp_path).conduct()
+    assert not (tmp_path / "study").exists()
 
 
 def test_another_configuration_does_not_go_on(place: Path, results: dict[str, Any]) -> None:

@@ -51,8 +51,12 @@ def with_settings(group: str, **settings: object) -> Config:
     return replace(CONFIG, **{group: replace(getattr(CONFIG, group), **settings)})
 
 
+def random_images(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, size=shape, dtype=np.uint8)
+
+
 def noise_images(count: int, seed: int = 0, side: int = 4) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    return random_images(count, side, side, 3, seed=seed)
 
 
 def color_classes(count: int = 60, *, labelled: bool = True) -> Dataset:

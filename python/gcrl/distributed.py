@@ -66,15 +66,15 @@ def join(device: str) -> Iterator[Team]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Team(_find(device))
+        yield Team(find_device(device))
         return
     if device.startswith("cuda:"):
         raise ConfigError(
             f"device: {size} processes take a GPU each: expected 'cuda', got {device!r}"
         )
-    place = _find(device)
+    place = find_device(device)
     if place.type == "cuda":
-        place = _find(f"cuda:{os.environ['LOCAL_RANK']}")
+        place = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
@@ -84,7 +84,11 @@ def join(device: str) -> Iterator[Team]:
         dist.destroy_process_group()
 
 
-def _find(device: str) -> torch.device:
+def find_device(device: str) -> torch.device:
+    """What a name of a device means here, as gcrl.run.resolve_device has it.
+
+    Raises ConfigError for one that torch does not know or that is not here.
+    """
     try:
         return resolve_device(device)
     except ValueError as error:

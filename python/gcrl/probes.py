@@ -103,10 +103,12 @@ def _held_out(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Expected calibration error of the top class in 15 bins (Guo et al. 2017)."""
+    """Expected calibration error of the top class in 15 bins (Guo et al. 2017).
+
+    confidence: floats in 0..1, [N]; correct: bool [N], whether the top class was the true one.
+    """
     # The binary form takes any confidences beside right or wrong, so that a test class which the
-    # probe has never seen counts as wrong.
-    # A confidence of 1 is the last bin's.
+    # probe has never seen counts as wrong. A confidence of 1 is the last bin's.
     below_one = np.nextafter(np.float32(1), np.float32(0))
     confidence = np.minimum(confidence, below_one, dtype=np.float32)
     error = binary_calibration_error(

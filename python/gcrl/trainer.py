@@ -115,6 +115,7 @@ class Trainer:
                         self.record(recorder, bar, (self.step - clock_step) / seconds)
                         clock, clock_step = time.perf_counter(), self.step
                     if self.step % runtime.checkpoint_every == 0 or ended or signal_number:
+                        self.check_finite(folder)  # which waits for the steps themselves
                         begun = time.perf_counter()
                         self.save(folder, recorder)
                         clock += time.perf_counter() - begun  # the rates are those of the steps

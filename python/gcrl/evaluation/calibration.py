@@ -16,7 +16,7 @@ from gcrl.probes import CALIBRATION_BINS, calibration_error
 
 
 def inputs(subject: Subject) -> dict[str, Any]:
-    return finetuning.found(subject)
+    return finetuning.found_inputs(subject)
 
 
 def measure(subject: Subject) -> dict[str, Any]:

@@ -29,9 +29,11 @@ def measure(subject: Subject) -> dict[str, Any]:
     train_labels, test_labels = subject.labels
     choice = probe.choose(subject)
     names = subject.run.model.layer_names
-    train = subject.features.layer(subject.train.images, choice.layer)
-    test = subject.features.layer(subject.test.images, choice.layer)
-    classifier = probe.train_probe(subject, choice)
+    train, validation, test = (
+        subject.features.layer(part.images, choice.layer)
+        for part in (subject.train, subject.validation, subject.test)
+    )
+    classifier = fit(train, train_labels, choice.strength)
     classes, counts = np.unique(test_labels, return_counts=True)
     results: dict[str, Any] = {
         "train_images": len(train),
@@ -61,7 +63,7 @@ def measure(subject: Subject) -> dict[str, Any]:
         knn = nearest_neighbors(train, train_labels, test, test_labels, neighbors)
         results["knn"] = {"neighbors": neighbors, "accuracy": knn}
     for count in subject.options.labels_per_class:
-        few = _few_labels(subject, choice, count)
+        few = _few_labels(subject, train, validation, test, count)
         if few is None:
             results["notes"].append(f"No probe of {count} labels a class: one class has fewer.")
         else:
@@ -126,7 +128,9 @@ def draw(results: dict[str, Any], subject: Subject) -> dict[str, Figure]:
     return {"classification": figure}
 
 
-def _few_labels(subject: Subject, choice: probe.Choice, count: int) -> dict[str, Any] | None:
+def _few_labels(
+    subject: Subject, train: np.ndarray, validation: np.ndarray, test: np.ndarray, count: int
+) -> dict[str, Any] | None:
     """The probe's accuracy from `count` labels of each class, over several draws of them.
 
     The strength is the one that does best on the held-out images, of which all labels are read.
@@ -136,10 +140,6 @@ def _few_labels(subject: Subject, choice: probe.Choice, count: int) -> dict[str,
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < count:
         return None
-    train, validation, test = (
-        subject.features.layer(part.images, choice.layer)
-        for part in (subject.train, subject.validation, subject.test)
-    )
     accuracy = []
     draws = tqdm(range(subject.options.draws), f"{count} labels", disable=not subject.progress,
                  leave=False)  # fmt: skip

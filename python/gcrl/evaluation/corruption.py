@@ -64,18 +64,20 @@ def measure(subject: Subject) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     height, width = results["grid"]
-    source = (
-        f"the files of CIFAR-10-C, corrupted at 32x32 and then brought to {height}x{width}"
-        if results["source"] == "CIFAR-10-C"
-        else f"our own implementations on images of {height}x{width}, with the lengths published "
-        "for 32x32; not the files of CIFAR-10-C"
-    )
+    if results["source"] == "CIFAR-10-C":
+        source = f"the files of CIFAR-10-C, corrupted at 32x32 and brought to {height}x{width}"
+        clean = "clean ones, which are not the same images."
+    else:
+        source = (
+            f"our own implementations on images of {height}x{width}, with the lengths published "
+            "for 32x32; not the files of CIFAR-10-C"
+        )
+        clean = "clean ones."
     lines = [*results["corruptions"].items(), ("mean", results["mean"])]
     header = ("accuracy at severity", *map(str, results["severities"]), "mean")
     text = [
         f"{results['images']:,} images of each, by {source}; {percent(results['clean'])} on "
-        f"{results['clean_images']:,} clean ones"
-        + (", which are not the same images." if results["source"] == "CIFAR-10-C" else "."),
+        f"{results['clean_images']:,} {clean}",
         "",
         *rows(header, [(name, *values, float(np.mean(values))) for name, values in lines], percent),
     ]

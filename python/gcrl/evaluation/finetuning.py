@@ -146,23 +146,23 @@ def draw(results: dict[str, Any], subject: Subject) -> dict[str, Figure]:
     return {"finetuning": figure}
 
 
-def found(subject: Subject) -> dict[str, Any]:
+def found_inputs(subject: Subject) -> dict[str, Any]:
     """For the inputs of a part that measures what `find` gives."""
     try:
-        names = sorted(kept(subject))
+        names = sorted(_trained(subject))
     except NotMeasuredError:
         names = []
     return {"finetuned": [names, inputs(subject)] if names else []}
 
 
-def kept(subject: Subject) -> list[str]:
+def _trained(subject: Subject) -> list[str]:
     """The names of the classifiers that were trained before with these options."""
     return [name for name in KEPT if _path(subject, name).is_file()]
 
 
 def find(subject: Subject) -> dict[str, Classifier]:
     """The classifiers that were trained before with these options, by their names."""
-    return {name: _finetuned(subject, name) for name in kept(subject)}
+    return {name: _finetuned(subject, name) for name in _trained(subject)}
 
 
 def train_classifier(
@@ -212,7 +212,7 @@ def train_classifier(
 
 
 def averaged(optim: OptimConfig) -> OptimConfig:
-    """With an average of the weights that has forgotten how they began.
+    """This schedule, with an average of the weights that has forgotten how they began.
 
     A run's own decay, meant for many steps, would return what a short training started from.
     """

@@ -39,7 +39,7 @@ def inputs(subject: Subject) -> dict[str, Any]:
     return {
         "ood": [[ood_name(source), stamp(source)] for source in subject.options.ood],
         "neighbors": subject.run.config.evaluation.neighbors,
-        **finetuning.found(subject),
+        **finetuning.found_inputs(subject),
     }
 
 
@@ -57,11 +57,9 @@ def measure(subject: Subject) -> dict[str, Any]:
         "sets": {},
         "notes": notes_on(subject.run.config.objective),
     }
-    neighbors = subject.run.config.evaluation.neighbors
-    if neighbors > len(subject.train):
-        results["notes"].append(
-            f"No distance to neighbour {neighbors}, but {len(subject.train)} training images."
-        )
+    nearest = _neighbor_score(subject)
+    if nearest not in unsupervised:
+        results["notes"].append(f"No {nearest}, but {len(subject.train)} training images.")
     supervised: dict[str, Score] = {}
     try:
         supervised = supervised_scores(subject)
@@ -80,6 +78,10 @@ def measure(subject: Subject) -> dict[str, Any]:
     results["notes"] += _more_likely(results["sets"])
     results["nats_per_pixel"] = _histograms(nats)
     return results
+
+
+def _neighbor_score(subject: Subject) -> str:
+    return f"distance to neighbour {subject.run.config.evaluation.neighbors}"
 
 
 def _more_likely(sets: dict[str, Any]) -> list[str]:
@@ -180,7 +182,7 @@ def unsupervised_scores(subject: Subject) -> dict[str, Score]:
     }
     if neighbors <= len(train):
         nearest = NearestNeighbors(n_neighbors=neighbors).fit(unit(train))
-        scores[f"distance to neighbour {neighbors}"] = lambda images: nearest.kneighbors(
+        scores[_neighbor_score(subject)] = lambda images: nearest.kneighbors(
             unit(features.encoding(images))
         )[0][:, -1]
     return scores

@@ -14,6 +14,7 @@ import torch
 import gcrl
 from gcrl.config import SEEDS, Config, ConfigError
 from gcrl.data import Dataset, ImageSet, load_dataset
+from gcrl.distributed import find_device
 from gcrl.evaluation import finetuning, suite
 from gcrl.evaluation.options import Options, ood_name
 from gcrl.evaluation.store import Store, array_digest, content_digest, digest
@@ -21,7 +22,7 @@ from gcrl.evaluation.subject import Subject
 from gcrl.evaluation.suite import StoppedError, run_parts
 from gcrl.interrupts import Interrupted
 from gcrl.probes import check_finite
-from gcrl.run import Run, load, resolve_device
+from gcrl.run import Run, load
 from gcrl.study import report
 from gcrl.study.compute import training_flops, training_seconds
 from gcrl.study.variants import LABELS, TRAINED, UNTRAINED, VARIANTS, check_hybrid, configure
@@ -54,11 +55,12 @@ class Study:
         self._check()
         grid, data = self.config.model.grid, self.config.data
         dataset = load_dataset(data.data, grid, download=data.download)
-        finished = self._finished(dataset)
+        identity = self._identity(dataset)
+        finished = self._finished(dataset, identity)
         self.folder.mkdir(parents=True, exist_ok=True)
         measured: dict[int, dict[str, Any]]
         measured = {s: finished.get(s, {}) for s in sorted({*finished, *self.seeds})}
-        results = self._results(measured, dataset)
+        results = self._results(measured, dataset, identity)
         for seed in self.seeds:
             for name in VARIANTS if seed not in finished else ():
                 self._say(f"seed {seed}: {VARIANTS[name].title}")
@@ -71,11 +73,11 @@ class Study:
                     ) from error
                 if found is not None:
                     measured[seed][name] = found
-                results = self._results(measured, dataset)
+                results = self._results(measured, dataset, identity)
                 report.write(self.folder, results)
         return results
 
-    def _finished(self, dataset: Dataset) -> dict[int, dict[str, Any]]:
+    def _finished(self, dataset: Dataset, identity: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """The seeds that are whole in the study.json that lies there, if it is of this study.
 
         Of another one, they can be measured anew where their runs are; ConfigError where not.
@@ -87,7 +89,7 @@ class Study:
         expected = set(VARIANTS) - ({LABELS} if dataset.train.labels is None else set())
         seeds = {entry["seed"]: entry["networks"] for entry in saved["seeds"]}
         whole = {seed: found for seed, found in seeds.items() if set(found) == expected}
-        differing = [k for k, value in self._identity(dataset).items() if saved.get(k) != value]
+        differing = [key for key, value in identity.items() if saved.get(key) != value]
         if not differing:
             return whole
         lost = [str(seed) for seed in whole if not (self.folder / f"seed-{seed}").is_dir()]
@@ -114,7 +116,7 @@ class Study:
         return {
             "config": config,
             "format": suite.FORMAT,
-            "precision": resolve_precision(resolve_device(self._device), self.config.runtime),
+            "precision": resolve_precision(find_device(self._device), self.config.runtime),
             "palette": palette and digest(Path(palette).expanduser().read_bytes()),
             "options": measured,
             "images": digest(*arrays),
@@ -186,14 +188,16 @@ class Study:
         seconds = training_seconds(folder) if name in TRAINED else None
         return {"images_seen": images, "training_flops": images * flops, "seconds": seconds}
 
-    def _results(self, measured: dict[int, dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
+    def _results(
+        self, measured: dict[int, dict[str, Any]], dataset: Dataset, identity: dict[str, Any]
+    ) -> dict[str, Any]:
         complete = [found for found in measured.values() if set(TRAINED) <= set(found)]
         found = [network for networks in measured.values() for network in networks.values()]
         sizes = {name: size for network in found for name, size in network["ood_images"].items()}
         sets = sorted(sizes)
         return {
             "dataset": dataset.name,
-            **self._identity(dataset),
+            **identity,
             "versions": {"gcrl": gcrl.__version__, "torch": torch.__version__},
             "device": str(self._device),
             "sets": sets,
