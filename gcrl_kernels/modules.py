@@ -15,9 +15,9 @@ from gcrl_kernels.axial_attention import axial_attention_packed
 from gcrl_kernels.backends import choose
 from gcrl_kernels.color_cross_entropy import color_cross_entropy, linear_color_cross_entropy
 from gcrl_kernels.contrastive import check_views, inverse, nt_xent
-from gcrl_kernels.contrastive.ops import block_lse, cannot
+from gcrl_kernels.contrastive.ops import cannot, differentiable_block_lse
 from gcrl_kernels.contrastive.reference import OTHERS
-from gcrl_kernels.operators import accumulation_dtype
+from gcrl_kernels.operators import accumulation_dtype, check_reverse_mode
 
 __all__ = [
     "AxialSelfAttention",
@@ -53,8 +53,7 @@ class AxialSelfAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        checks.check_integer("width", width)
-        checks.check_integer("heads", heads)
+        width, heads = checks.integer("width", width), checks.integer("heads", heads)
         if heads < 1 or width < 1 or width % heads:
             raise checks.value_error("heads", f"a divisor of the width {width}", heads)
         self.heads, self.axis, self.causal, self.backend = heads, axis, causal, backend
@@ -161,14 +160,13 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        checks.check_number("temperature", temperature)
+        temperature = checks.number("temperature", temperature)
         if abs(temperature) < 1e-8:
             raise checks.value_error(
                 "temperature", "an absolute value of at least 1e-8", temperature
             )
-        sizes = memory_bank_size if isinstance(memory_bank_size, Sequence) else (memory_bank_size,)
-        for size in sizes:
-            checks.check_integer("memory_bank_size", size)
+        given = memory_bank_size if isinstance(memory_bank_size, Sequence) else [memory_bank_size]
+        sizes = [checks.integer("memory_bank_size", size) for size in given]
         if len(sizes) not in (1, 2) or min(sizes) < 0:
             raise checks.value_error(
                 "memory_bank_size", "a size, or a size and a dimension", memory_bank_size
@@ -185,7 +183,7 @@ class NTXentLoss(nn.Module):
         self.register_buffer("next_row", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        check_views(out0, out1, "out0", "out1")
+        out0, out1 = check_views(out0, out1, "out0", "out1")
         if self.bank_size == 0:
             return nt_xent(out0, out1, temperature=self.temperature, group=self._group())
         return self._against_bank(out0, out1)
@@ -203,7 +201,10 @@ class NTXentLoss(nn.Module):
         checks.check_shape("out1", out1, (len(out1), bank.shape[1]), "[N, D of the memory bank]")
         backend = choose("nt_xent", None, anchors, lambda name: cannot(name, dtype))
         scale, value = inverse("temperature", self.temperature, "out0", anchors)
-        lse, residual = block_lse(anchors, bank, scale, value, OTHERS, None, backend)  # [N]
+        check_reverse_mode("NTXentLoss", anchors, positives, scale)
+        lse, residual = differentiable_block_lse(
+            anchors, bank, scale, value, OTHERS, None, backend
+        )  # [N]
         positive = (anchors * positives).sum(1) * (value if scale is None else scale)
         if out0.requires_grad:
             self._remember(positives.detach())

@@ -22,8 +22,9 @@ class Implementation(NamedTuple):
         linear_forward(hidden [M, C], weight [K, C], bias [K] or None, pixels, palette, mask,
                        label_smoothing, z_loss, keep, needs_sum_grad)
             -> loss, its z-loss part, lse, tokens, dhidden, dweight, dbias
-            lse is [2, 0] and tokens [0] unless `keep`; the gradients are of the losses' sum, in hidden's
-            dtype, then in the accumulation dtype twice; each is [0] unless needs_sum_grad has it
+            lse is [2, 0] and tokens [0] unless `keep`; the gradients are of the losses' sum, in
+            hidden's dtype, then in the accumulation dtype twice; each is [0] unless
+            needs_sum_grad has it
         linear_backward(grad [M], hidden, weight, bias, tokens, mask, lse, label_smoothing, z_loss,
                         needs_grad)
             -> dhidden, dweight, dbias, likewise

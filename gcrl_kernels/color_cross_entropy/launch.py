@@ -7,10 +7,11 @@ Such kernels are two functions, the same for every backend:
     backward(grad, logits, tokens, mask, lse, label_smoothing, z_loss, gradient)
 
 pixels are [M, 3], or without a palette tokens [M]; mask is bool [M]; loss, z_term and grad are
-float32 [M], lse is float32 [2, M], the log-sum-exps and what their rounding lost, tokens int64 [M]. `gradient` is that of the *sum* of the losses, or of
-their sum weighted by grad, [M, K] as the logits, and may be the logits themselves. lse, tokens and
-gradient may be None, and are not written then. Logits, gradient and grad have any strides, and so
-has lse from its first row to its second; the others are contiguous.
+float32 [M], lse is float32 [2, M], the log-sum-exps and what their rounding lost, tokens int64 [M].
+`gradient` is that of the *sum* of the losses, or of their sum weighted by grad, [M, K] as the
+logits, and may be the logits themselves. lse, tokens and gradient may be None, and are not written
+then. Logits, gradient and grad have any strides, and so has lse from its first row to its second;
+the others are contiguous.
 
 The linear form goes over chunks of positions, whose logits, and then the logits' gradients, lie in
 one buffer between the products of the linear algebra that PyTorch has: small enough for a GPU's L2

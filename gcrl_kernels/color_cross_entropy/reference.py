@@ -27,7 +27,7 @@ CHUNK = 8192  # positions at a time: their logits, or their distances, are all t
 
 
 def quantize_colors(pixels: Tensor, palette: Tensor) -> Tensor:
-    """The nearest palette colour [K, 3] of each pixel [..., 3]: int64 [...], -1 if there is none."""
+    """The nearest palette colour [K, 3] of each pixel [..., 3], int64 [...]; -1: there is none."""
     flat = pixels.reshape(-1, 3)
     nearest = torch.empty(len(flat), dtype=torch.int64, device=pixels.device)
     for part in _chunks(len(flat)):

@@ -12,7 +12,13 @@ from torch.nn.functional import normalize as normalize_rows
 from gcrl_kernels import checks
 from gcrl_kernels.backends import choose
 from gcrl_kernels.contrastive import ops, reference
-from gcrl_kernels.operators import accumulation_dtype
+from gcrl_kernels.operators import (
+    accumulation_dtype,
+    as_autocast,
+    check_reverse_mode,
+    is_transformed,
+    promote,
+)
 
 __all__ = ["dcl", "info_nce", "nt_xent", "supcon"]
 
@@ -58,7 +64,7 @@ def nt_xent(
         TypeError, ValueError: an argument of another type, dtype, shape or device than stated.
         BackendUnavailableError: a backend asked for by name cannot serve here.
     """
-    check_views(z0, z1)
+    z0, z1 = check_views(z0, z1)
     scale = inverse("temperature", temperature, "z0", z0)
     options = (scale, normalize, reduction, negatives, group, gather)
     return _of_views("nt_xent", z0, z1, reference.OTHERS, *options, backend)
@@ -82,7 +88,7 @@ def dcl(
     Arguments, result and errors are those of `nt_xent`; where an anchor has no negatives, its loss
     is minus infinity.
     """
-    check_views(z0, z1)
+    z0, z1 = check_views(z0, z1)
     scale = inverse("temperature", temperature, "z0", z0)
     options = (scale, normalize, reduction, negatives, group, gather)
     return _of_views("dcl", z0, z1, reference.NEGATIVES, *options, backend)
@@ -121,7 +127,7 @@ def info_nce(
         TypeError, ValueError: an argument of another type, dtype, shape or device than stated.
         BackendUnavailableError: a backend asked for by name cannot serve here.
     """
-    check_views(a, b, "a", "b")
+    a, b = check_views(a, b, "a", "b")
     scale = _number_or_tensor("logit_scale", logit_scale, "a", a)
     options = (scale, normalize, reduction, None, group, gather)
     loss = _of_views("info_nce", a, b, reference.OTHER_HALF, *options, backend)
@@ -170,9 +176,10 @@ def supcon(
     ordered = labels.sort().values
     classes = torch.searchsorted(ordered, labels)
     positives = torch.searchsorted(ordered, labels, right=True) - classes - 1
-    share = torch.where(positives > 0, 1 / positives.clamp_min(1), 0.0)
-    share = share.to(accumulation_dtype(z.dtype))
-    losses, _ = ops.contrast(
+    share = positives.clamp_min(1).to(accumulation_dtype(z.dtype)).reciprocal()
+    share = share.masked_fill(positives == 0, 0.0)
+    check_reverse_mode("supcon", z, scale[0])
+    losses, _ = ops.differentiable(
         z, None, negatives, classes.int(), share, *scale, reference.OTHERS, normalize,
         _choose("supcon", backend, z),
     )  # fmt: skip
@@ -181,13 +188,18 @@ def supcon(
     return losses.sum() if reduction == "sum" else losses.sum() / (positives > 0).sum()
 
 
-def check_views(z0: Tensor, z1: Tensor, name0: str = "z0", name1: str = "z1") -> None:
-    """Raise unless both are [N, D], floating point, of one dtype on one device."""
+def check_views(z0: Tensor, z1: Tensor, name0: str = "z0", name1: str = "z1") -> tuple[Tensor, ...]:
+    """Both; raises unless they are [N, D], floating point, of one dtype on one device.
+
+    Where autocast is on they may differ in dtype, and come back in the wider one.
+    """
     _check_embeddings(name0, z0, "[N, D]", "image")
     checks.check_floating(name1, z1)
     checks.check_shape(name1, z1, z0.shape, f"of {name0}")
-    checks.check_same_dtype(name1, z1, name0, z0)
     checks.check_same_device(name1, z1, name0, z0)
+    z0, z1 = promote(z0, z1)
+    checks.check_same_dtype(name1, z1, name0, z0)
+    return z0, z1
 
 
 def _check_embeddings(name: str, z: Tensor, layout: str, row: str) -> None:
@@ -210,8 +222,9 @@ def _check_options(
     checks.check_floating("negatives", negatives)
     checks.check_dimensions("negatives", negatives, 2, "[M, D]")
     checks.check_shape("negatives", negatives, (negatives.shape[0], z.shape[1]), "[M, D]")
-    checks.check_same_dtype("negatives", negatives, name, z)
     checks.check_same_device("negatives", negatives, name, z)
+    negatives = as_autocast(negatives, z)
+    checks.check_same_dtype("negatives", negatives, name, z)
     return negatives.detach()
 
 
@@ -220,8 +233,7 @@ def _number_or_tensor(
 ) -> tuple[Tensor | None, float]:
     """As the operators take it: a tensor with one element and no dimension, or a number."""
     if not isinstance(value, Tensor):
-        checks.check_number(name, value)
-        return None, float(value)
+        return None, checks.number(name, value)
     checks.check_floating(name, value)
     if value.numel() != 1:
         raise checks.value_error(name, "a tensor of one element", checks.shape(value))
@@ -267,10 +279,13 @@ def _of_views(
             "group", "None or a torch.distributed process group", type(group).__name__
         )
     backend = _choose(function, backend, z0)
+    check_reverse_mode(function, z0, z1, scale[0])
     if group is None or dist.get_world_size(group) == 1:
         options: tuple[Any, ...] = (*scale, candidates, normalize, backend)
-        losses, _ = ops.contrast(z0, z1, negatives, None, None, *options)
+        losses, _ = ops.differentiable(z0, z1, negatives, None, None, *options)
     else:
+        if is_transformed():
+            raise NotImplementedError(f"{function} over a group takes no transform of torch.func")
         from gcrl_kernels.contrastive.distributed import anchor_losses
 
         def embeddings(views: Tensor) -> Tensor:

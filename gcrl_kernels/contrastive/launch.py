@@ -12,9 +12,9 @@ Such a kernel has four functions, the same for every backend:
 
 Embeddings, and dz0 and dz1, are float16, bfloat16 or float32, rows and columns float32, with a
 last stride of 1; the other floating-point tensors are float32 and contiguous. An lse is [2, n] (or
-[2, m]): the log-sum-exps, then what their rounding to float32 lost, 0 where one is not finite. candidates is the place in
-`CANDIDATES`; diagonal is -1 where the rows' own batch is not among the columns. dz1 is None where
-z1 is.
+[2, m]): the log-sum-exps, then what their rounding to float32 lost, 0 where one is not finite.
+candidates is the place in `CANDIDATES`; diagonal is -1 where the rows' own batch is not among the
+columns. dz1 is None where z1 is.
 """
 
 from __future__ import annotations
