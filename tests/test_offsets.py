@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from public_functions import BACKENDS
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -20,11 +19,7 @@ from gcrl_kernels.contrastive import ops
 from gcrl_kernels.contrastive.reference import OTHERS
 from gcrl_kernels.modules import NTXentLoss
 
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-pytestmark = pytest.mark.usefixtures("every_cpu_level")
 
-
-@every_backend
 @pytest.mark.parametrize("offset", [0.0, 1e4, -2.45e5, 1e6, -1e9, 1e30])
 @pytest.mark.parametrize("length", [1, 16, 100])
 def test_a_constant_bias_leaves_attention_alone(backend, offset: float, length: int) -> None:
@@ -40,7 +35,6 @@ def test_a_constant_bias_leaves_attention_alone(backend, offset: float, length: 
     torch.testing.assert_close(lse, exact.float().expand_as(lse), rtol=2e-7, atol=1e-6)
 
 
-@every_backend
 @pytest.mark.parametrize("offset", [1e4, -1e6])
 def test_a_bias_with_an_offset_is_the_bias(backend, offset: float) -> None:
     """Scores that the offset does not round: the same numbers, to the last bits."""
@@ -69,7 +63,6 @@ def assert_relative(actual: Tensor, expected: Tensor, most: float) -> None:
     assert error <= most, f"{error:.3g}"
 
 
-@every_backend
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4, 1e6])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -96,7 +89,6 @@ def test_cross_entropy(backend, offset: float, reduction: str, smoothing: float)
     assert_relative(dbias, expected_grad.sum(0), 2e-6)
 
 
-@every_backend
 @pytest.mark.parametrize("smoothing", [0.0, 0.5])
 def test_large_logits_without_z_loss(backend, smoothing: float) -> None:
     """Beyond 1.8e19 their square is infinite; nobody asked for it."""
@@ -111,7 +103,6 @@ def test_large_logits_without_z_loss(backend, smoothing: float) -> None:
     torch.testing.assert_close(z_term, torch.tensor([9e3, torch.inf]))
 
 
-@every_backend
 @pytest.mark.parametrize("offset", [0.0, 1024.0, 2.0**18])
 def test_contrastive_losses(backend, offset: float) -> None:
     """A feature that all embeddings have in common adds the offset to every score."""
@@ -131,7 +122,6 @@ def test_contrastive_losses(backend, offset: float) -> None:
             assert_relative(each, exactly, 2e-6)
 
 
-@every_backend
 def test_blocks_of_contrastive_losses(backend) -> None:
     """As processes and memory banks put them together: rows against columns."""
     rows, columns = (

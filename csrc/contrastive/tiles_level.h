@@ -95,20 +95,6 @@ struct Memory {
 
 int64_t tile_scratch(const TileShape& shape) { return (shape.features + kMostAnchors + 4) * kLine; }
 
-void find_scores(const TileShape& shape, const Side& rows, const Side& columns,
-                 const Memory& memory) {
-  const int64_t lanes = whole_vectors(rows.count);
-  transpose(rows.z, shape.width, rows.count, shape.features, memory.transposed, kLine);
-  for (int64_t d = 0; d < shape.features; ++d) {
-    for (int64_t i = 0; i < lanes; i += kLanes)
-      at(memory.transposed + d * kLine + i) *= shape.scale;
-  }
-  for (int64_t d = 0; d < shape.features; d += kDepth) {
-    multiply({columns.z + d, shape.width, 1}, memory.transposed + d * kLine, kLine, columns.count,
-             least(kDepth, shape.features - d), lanes, Packed{memory.scores, kLine, d > 0});
-  }
-}
-
 // Calls a function for each vector of scores, with the column, the first row and the score.
 template <typename Function>
 ALWAYS_INLINE void for_scores(const Side& rows, const Side& columns, float* scores,
@@ -116,6 +102,18 @@ ALWAYS_INLINE void for_scores(const Side& rows, const Side& columns, float* scor
   for (int64_t k = 0; k < columns.count; ++k) {
     for (int64_t i = 0; i < rows.count; i += kLanes) function(k, i, at(scores + k * kLine + i));
   }
+}
+
+void find_scores(const TileShape& shape, const Side& rows, const Side& columns,
+                 const Memory& memory) {
+  const int64_t lanes = whole_vectors(rows.count);
+  transpose(rows.z, shape.width, rows.count, shape.features, memory.transposed, kLine);
+  for (int64_t d = 0; d < shape.features; d += kDepth) {
+    multiply({columns.z + d, shape.width, 1}, memory.transposed + d * kLine, kLine, columns.count,
+             least(kDepth, shape.features - d), lanes, Packed{memory.scores, kLine, d > 0});
+  }
+  // Not one of the factors: the score of k and i is to be that of i and k, to the last bit.
+  for_scores(rows, columns, memory.scores, [&](int64_t, int64_t, Floats& s) { s *= shape.scale; });
 }
 
 // Lanes of a column's vector of rows that are of its class, as a mask.
