@@ -40,14 +40,16 @@ def axial_attention(
         scale: of the scores, finite; 1/sqrt(D) by default.
         bias: [heads, N, N], floating point, added to the scaled scores; it may require a gradient.
         mask: bool [B, *grid]; True may be attended to. A query with nothing to attend to gives
-            zeros.
+            zeros. What k and v hold where it is False, NaN and infinity too, reaches nobody. (With
+            `causal` alone a later position's NaN or infinity in v may reach earlier ones.)
         return_lse: also return each query's log-sum-exp of the scores, in nats, without a gradient.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the tensors'
             device.
 
     Returns:
         [B, *grid, heads, D], contiguous, in q's dtype (autocast's, where it is on); with
-        return_lse also float32 [B, *grid, heads].
+        return_lse also float32 [B, *grid, heads]. Scores are float32 (float64 for float64 inputs):
+        a row with one beyond 3.4e38 is NaN.
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device than stated.

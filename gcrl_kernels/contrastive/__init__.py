@@ -43,7 +43,8 @@ def nt_xent(
     Args:
         z0, z1: [N, D], floating point, one dtype: the two views; row i of both is image i.
         temperature: a finite number other than 0, or a tensor of one element, which may require a
-            gradient.
+            gradient. Similarities divided by it are float32: beyond 3.4e38 the loss is infinite or
+            NaN.
         normalize: divide each embedding by its length (at least 1e-12, as
             torch.nn.functional.normalize).
         reduction: "mean" over the 2N anchors, "sum", or "none": [2N], those of z0 first.
