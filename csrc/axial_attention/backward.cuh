@@ -4,7 +4,7 @@
 
 #include "axial_attention/gradients.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 
 // The block's shared memory: Q, K, V and dO of each of its rows; then of each row three floats for
 // every position: whether the key is left out, lse and delta.
@@ -149,4 +149,4 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention

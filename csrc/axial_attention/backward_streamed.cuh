@@ -4,7 +4,7 @@
 
 #include "axial_attention/gradients.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 
 // The block's shared memory: two tiles of its own positions, two of the others that pass by, and
 // floats: which of all keys are left out, lse and delta of the queries at hand.
@@ -177,4 +177,4 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention

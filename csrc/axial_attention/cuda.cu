@@ -14,7 +14,7 @@
 #include "common/cuda_launch.h"
 #include "common/tensors.h"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 namespace {
 
 using torch::headeronly::BFloat16;
@@ -424,7 +424,7 @@ void backward(const Tensor grad, const Tensor q, const Tensor k, const Tensor v,
 }
 
 }  // namespace
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gcrl_kernels_cuda, library) {
   library.def(
@@ -437,6 +437,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gcrl_kernels_cuda, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gcrl_kernels_cuda, CUDA, library) {
-  library.impl("axial_attention", TORCH_BOX(&gcrl_kernels::forward));
-  library.impl("axial_attention_backward", TORCH_BOX(&gcrl_kernels::backward));
+  library.impl("axial_attention", TORCH_BOX(&gcrl_kernels::axial_attention::forward));
+  library.impl("axial_attention_backward", TORCH_BOX(&gcrl_kernels::axial_attention::backward));
 }

@@ -7,7 +7,7 @@
 #include "axial_attention/tiles.cuh"
 #include "common/products.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 
 template <typename T>
 struct ForwardArguments {
@@ -163,4 +163,4 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   Product::store(sums, factor, a.out, a.out.at(place), query, length, features);
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention

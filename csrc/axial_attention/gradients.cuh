@@ -6,7 +6,7 @@
 #include "axial_attention/tiles.cuh"
 #include "common/products.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 
 template <typename T>
 struct BackwardArguments {
@@ -112,4 +112,4 @@ static __global__ void sum_slots(const float* slots, uint32_t count, int heads, 
   dbias[i] = sum;
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention

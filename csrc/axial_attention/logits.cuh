@@ -6,7 +6,7 @@
 #include "axial_attention/tiles.cuh"
 #include "common/ptx.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
@@ -102,4 +102,4 @@ __device__ __forceinline__ void fill_blocked(unsigned blocked, const Options& op
   }
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention

@@ -5,7 +5,7 @@
 #include "axial_attention/row_numbers.cuh"
 #include "common/tiles.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 
 // How a block divides its work: `rows` rows side by side, `warps` warps for each of them, and 16
 // positions of the row for each warp.
@@ -73,4 +73,4 @@ class Loader {
   bool filled_;
 };
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention

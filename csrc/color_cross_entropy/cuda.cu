@@ -12,7 +12,7 @@
 #include "common/cuda_launch.h"
 #include "common/tensors.h"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::color_cross_entropy {
 namespace {
 
 using torch::headeronly::BFloat16;
@@ -224,7 +224,7 @@ void backward(const Tensor grad, const Tensor logits, const Tensor tokens,
 }
 
 }  // namespace
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::color_cross_entropy
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gcrl_kernels_cuda, library) {
   library.def("quantize_colors(Tensor pixels, Tensor palette) -> Tensor");
@@ -238,7 +238,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gcrl_kernels_cuda, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gcrl_kernels_cuda, CUDA, library) {
-  library.impl("quantize_colors", TORCH_BOX(&gcrl_kernels::quantize_colors));
-  library.impl("color_cross_entropy", TORCH_BOX(&gcrl_kernels::forward));
-  library.impl("color_cross_entropy_backward", TORCH_BOX(&gcrl_kernels::backward));
+  library.impl("quantize_colors", TORCH_BOX(&gcrl_kernels::color_cross_entropy::quantize_colors));
+  library.impl("color_cross_entropy", TORCH_BOX(&gcrl_kernels::color_cross_entropy::forward));
+  library.impl("color_cross_entropy_backward",
+               TORCH_BOX(&gcrl_kernels::color_cross_entropy::backward));
 }

@@ -5,7 +5,7 @@
 
 #include "color_cross_entropy/exact_in_float32.h"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::color_cross_entropy {
 
 inline constexpr int kThreads = 128;
 inline constexpr int kPixels = 4;    // of a thread, held in registers while the palette passes by
@@ -141,4 +141,4 @@ static __global__ void __launch_bounds__(kThreads)
   }
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::color_cross_entropy

@@ -7,7 +7,7 @@
 
 // The softmax cross-entropy of rows of logits and its gradient; the formulas are in reference.py. A
 // row is held in registers between its one reading and its one writing.
-namespace gcrl_kernels {
+namespace gcrl_kernels::color_cross_entropy {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr int kRepeats = kPixels;  // rows that a thread takes part in, one after another
@@ -207,4 +207,4 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   Part<T, kWidth>::store(values, a.gradient, row, a.colors, lanes);
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::color_cross_entropy

@@ -4,7 +4,7 @@
 
 #include "contrastive/weights.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::contrastive {
 
 // The rows' gradients, those before `split` in the first tensor; contiguous.
 template <typename T>
@@ -163,4 +163,4 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
   }
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::contrastive

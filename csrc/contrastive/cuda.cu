@@ -11,7 +11,7 @@
 #include "contrastive/backward.cuh"
 #include "contrastive/forward.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::contrastive {
 namespace {
 
 using torch::headeronly::BFloat16;
@@ -361,7 +361,7 @@ void block_gradient(const Tensor rows, const Tensor row_lse, const Tensor row_gr
 }
 
 }  // namespace
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::contrastive
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gcrl_kernels_cuda, library) {
   library.def(
@@ -382,8 +382,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gcrl_kernels_cuda, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gcrl_kernels_cuda, CUDA, library) {
-  library.impl("contrast", TORCH_BOX(&gcrl_kernels::forward));
-  library.impl("contrast_backward", TORCH_BOX(&gcrl_kernels::backward));
-  library.impl("contrast_block_lse", TORCH_BOX(&gcrl_kernels::block_lse));
-  library.impl("contrast_block_gradient", TORCH_BOX(&gcrl_kernels::block_gradient));
+  library.impl("contrast", TORCH_BOX(&gcrl_kernels::contrastive::forward));
+  library.impl("contrast_backward", TORCH_BOX(&gcrl_kernels::contrastive::backward));
+  library.impl("contrast_block_lse", TORCH_BOX(&gcrl_kernels::contrastive::block_lse));
+  library.impl("contrast_block_gradient", TORCH_BOX(&gcrl_kernels::contrastive::block_gradient));
 }

@@ -5,7 +5,7 @@
 
 #include "contrastive/meeting.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::contrastive {
 
 template <typename T>
 struct ForwardArguments {
@@ -98,4 +98,4 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(T) == sizeof(float) 
   }
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::contrastive

@@ -6,7 +6,7 @@
 #include "common/ptx.cuh"
 #include "contrastive/embeddings.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::contrastive {
 
 inline constexpr int kWarpRows = 16;
 inline constexpr int kColumns = 64;  // of a tile
@@ -254,4 +254,4 @@ __device__ __forceinline__ Number number_at(const Number* numbers, Place place, 
   return place < end ? numbers[place] : Number(0);
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::contrastive

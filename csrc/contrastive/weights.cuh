@@ -5,7 +5,7 @@
 
 #include "contrastive/meeting.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::contrastive {
 
 inline constexpr int kSumThreads = 512;
 inline constexpr int kAnchorThreads = 256;
@@ -98,4 +98,4 @@ static __global__ void __launch_bounds__(kSumThreads)
   if (thread == 0) *sum = static_cast<float>(sums[0]);
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::contrastive
