@@ -96,6 +96,22 @@ def test_little_shared_memory(emulated, small_gpu, dtype, length, features) -> N
     check(Machine(emulated, "cpu"), inputs, dtype, "packed", axis=0)
 
 
+@pytest.mark.parametrize("operator", ["axial_attention", "axial_attention_backward"])
+@pytest.mark.parametrize("length", [16, 300, 1024])
+def test_too_little_shared_memory_is_an_error(emulated, small_gpu, length, operator) -> None:
+    q, lse, options = torch.zeros(1, length, 1, 128), torch.zeros(1, length, 1), (0, False, 1.0)
+    arguments = {
+        "axial_attention": (q, q, q, None, None, *options, q.clone(), lse),
+        "axial_attention_backward": (
+            q, q, q, q, q, lse, None, None, *options, q.clone(), q.clone(), q.clone(), None
+        ),
+    }  # fmt: skip
+    emulated.set_device(1, 32 << 10)
+    message = "q: expected rows that take up to 32768 bytes of shared memory, as much as this GPU "
+    with pytest.raises(RuntimeError, match=message):
+        getattr(emulated, operator)(*arguments[operator])
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [

@@ -231,6 +231,39 @@ def test_blocks(machine, candidates, rows, columns, diagonal) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_little_shared_memory(emulator: Emulator, dtype) -> None:
+    with emulated(emulator.library("contrastive.cpp", "-O1")) as machine:
+        torch.ops.gcrl_kernels_emulated.set_contrast_device(1, 64 << 10)
+        try:
+            assert_as_accurate(machine.there(nt_xent), plain, pair(70, 130), dtype, scale=2.0)
+        finally:
+            torch.ops.gcrl_kernels_emulated.set_contrast_device(1, 227 << 10)
+
+
+def test_no_rows(machine) -> None:
+    """Called directly: what sums over rows is zero, the rest is as empty as the rows."""
+    library, device = torch.ops.gcrl_kernels_cuda, machine.device
+    rows, empty, columns = (torch.randn(n, 4, device=device) for n in (0, 0, 5))
+    numbers, none = torch.rand(5, device=device), torch.empty(0, device=device)
+    for others in (empty, columns):
+        dscale = torch.full((), torch.nan, device=device)
+        anchors, lse = none.clone(), torch.empty(2, 0, device=device)
+        library.contrast(rows, empty, others, None, None, None, 2.0, 0, True, anchors, lse)
+        library.contrast_backward(
+            none, rows, empty, others, None, None, None, lse, 2.0, 0, True, empty.clone(),
+            empty.clone(), dscale,
+        )  # fmt: skip
+        assert dscale == 0
+        dscale.fill_(torch.nan)
+        library.contrast_block_lse(rows, others, None, 2.0, 0, -1, anchors)
+        weights = (numbers, numbers) if len(others) else (None, None)
+        library.contrast_block_gradient(
+            rows, none, none, others, *weights, None, 2.0, 0, -1, empty.clone(), dscale
+        )
+        assert dscale == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_it_repeats(machine, dtype) -> None:
     inputs = [z.to(dtype).requires_grad_() for z in (*pair(80, 70), torch.tensor(0.2))]
     results = []

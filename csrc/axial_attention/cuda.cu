@@ -201,6 +201,14 @@ void run_for(const Tensor& q, const Run& run) {
   }
 }
 
+// The next smaller division of a block's work, after one that takes too much shared memory.
+Division smaller(const Division& division, int bytes, const Device& device) {
+  STD_TORCH_CHECK(division.rows > 1 || division.warps > 1, "q: expected rows that take up to ",
+                  device.shared, " bytes of shared memory, as much as this GPU has, got ", bytes);
+  return division.rows > 1 ? Division{division.rows - 1, division.warps}
+                           : Division{1, (division.warps + 1) / 2};
+}
+
 template <typename T, int kFeatures, Shape kShape, bool kWhole>
 void launch_forward(const Call& call, ForwardArguments<T>& arguments) {
   constexpr int kColumns = kShape.columns, kWarps = kShape.warps;
@@ -210,8 +218,7 @@ void launch_forward(const Call& call, ForwardArguments<T>& arguments) {
   Division division = of_short_rows(call.length(), position_bytes, kWarps);
   if (tiles > 1) division = {1, std::min(division.warps, kWarps)};
   while (Memory(division, tiles).bytes > call.device.shared) {
-    division = division.rows > 1 ? Division{division.rows - 1, division.warps}
-                                 : Division{1, (division.warps + 1) / 2};
+    division = smaller(division, Memory(division, tiles).bytes, call.device);
   }
   const Memory memory(division, tiles);
   arguments.division = division;
@@ -350,7 +357,7 @@ void launch_streamed(const Call& call, BackwardArguments<T>& arguments,
   using Memory = StreamedMemory<T, kFeatures, kShape.columns>;
   Division division = {1, kShape.warps};
   while (Memory(division, call.length()).bytes > call.device.shared) {
-    division = {1, division.warps / 2};
+    division = smaller(division, Memory(division, call.length()).bytes, call.device);
   }
   const Memory memory(division, call.length());
   const BiasSlots slots(call, dbias, int64_t{call.device.multiprocessors} * kShape.blocks);

@@ -131,13 +131,14 @@ class Batch {
   Packed<T> packed_;
 };
 
-// As many warps to a block as have rows, and leave work for every multiprocessor where each block
-// of rows is `times` blocks.
-int warps_for(int64_t rows, int64_t times, const Device& device) {
+// As many warps to a block as have rows and shared memory, and leave work for every multiprocessor
+// where each block of rows is `times` blocks.
+template <typename T>
+int warps_for(int64_t rows, int width, int64_t times, const Device& device) {
   int warps = kMostWarps;
   const auto blocks = [&] { return (rows + warps * kWarpRows - 1) / (warps * kWarpRows); };
-  while (warps > 2 &&
-         (rows <= warps / 2 * kWarpRows || blocks() * times < device.multiprocessors)) {
+  while (warps > 2 && (rows <= warps / 2 * kWarpRows || blocks() * times < device.multiprocessors ||
+                       Steps<T>::shared_bytes(width, warps) > device.shared)) {
     warps /= 2;
   }
   return warps;
@@ -145,10 +146,11 @@ int warps_for(int64_t rows, int64_t times, const Device& device) {
 
 template <typename T>
 void launch_forward(const ForwardArguments<T>& arguments, const Tensor& where) {
-  const Device device(where);
   const int64_t rows = arguments.meeting.rows;
-  const int warps = warps_for(rows, 1, device);
-  const int shared = Steps<T>::shared_bytes(arguments.rows.width, warps);
+  if (rows == 0) return;
+  const int width = arguments.rows.width;
+  const int warps = warps_for<T>(rows, width, 1, Device(where));
+  const int shared = Steps<T>::shared_bytes(width, warps);
   launch(contrast_forward<T>,
          {dim3(blocks_for(rows, warps * kWarpRows)), dim3(warps * kWarp), shared}, where,
          arguments);
@@ -156,13 +158,13 @@ void launch_forward(const ForwardArguments<T>& arguments, const Tensor& where) {
 
 template <typename T, int kValues>
 void launch_backward(BackwardArguments<T>& arguments, const Tensor& where) {
-  const Device device(where);
   const int64_t rows = arguments.meeting.rows;
-  const int steps = Steps<T>::count(arguments.rows.width);
-  arguments.feature_blocks = (steps + kValues - 1) / kValues;
-  const int warps = warps_for(rows, arguments.feature_blocks, device);
+  if (rows == 0) return;
+  const int width = arguments.rows.width;
+  arguments.feature_blocks = (Steps<T>::count(width) + kValues - 1) / kValues;
+  const int warps = warps_for<T>(rows, width, arguments.feature_blocks, Device(where));
   const int64_t row_blocks = blocks_for(rows, warps * kWarpRows);
-  const int shared = Steps<T>::shared_bytes(arguments.rows.width, warps);
+  const int shared = Steps<T>::shared_bytes(width, warps);
   launch(contrast_backward<T, kValues>,
          {dim3(blocks_for(row_blocks * arguments.feature_blocks, 1)), dim3(warps * kWarp), shared},
          where, arguments);
@@ -322,7 +324,7 @@ void block_lse(const Tensor rows, const Tensor columns, std::optional<Tensor> sc
   arguments.meeting = blocks.meeting(0);
   arguments.scale = scale_of(scale, scale_value, rows);
   arguments.lse = floats_of(lse, "lse", rows.size(0), rows);
-  if (rows.size(0) > 0) launch_forward(arguments, rows);
+  launch_forward(arguments, rows);
 }
 
 void block_gradient(const Tensor rows, const Tensor row_lse, const Tensor row_grad,
