@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from axial_attention_kernels import DTYPES, Kernels, Machine, check
+from axial_attention_kernels import DTYPES, Attention, Kernels, Machine, check
 from emulation import Emulator
 from nvcc_report import resources
-from test_axial_attention import images
+from test_axial_attention import images, plain
 from torch import Tensor
 
 from gcrl_kernels import backends
@@ -86,6 +86,54 @@ def test_as_accurate_as_pytorch(
     if "mask" in given_options:
         options["mask"] = torch.rand(1, *grid) > 0.4
     check(machine, inputs, dtype, layout, **options)
+
+
+# Rows whole in a tile, in several, and streamed; loaded 16 bytes at a time, and number by number.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "layout, length, features",
+    [("packed", 9, 16), ("misaligned", 40, 24), ("packed", 70, 40), ("misaligned", 70, 72)],
+)
+def test_what_a_key_that_is_left_out_holds_is_nowhere(
+    machine, dtype, layout, length, features
+) -> None:
+    """NaN and infinities there give the very results that zeros give; it is still a query."""
+    q, k, v = images(length, batch=2, heads=1, features=features)
+    mask = torch.rand(2, length) > 0.3
+    mask[1] = False
+    clean = [q, *(t.masked_fill(~mask[..., None, None], 0.0) for t in (k, v))]
+    foul = [q, *(t.clone() for t in clean[1:])]
+    for number, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        left_out = ~mask & (torch.arange(length) % 3 == number)
+        foul[1][left_out], foul[2][left_out] = value, -value
+    bias, grad = torch.randn(1, length, length), torch.randn(2, length, 1, features).to(dtype)
+    results = []
+    for tensors in (clean, foul):
+        leaves = [*(t.to(dtype).requires_grad_() for t in tensors), bias.clone().requires_grad_()]
+        ours = Attention(*machine, layout, axis=0, mask=mask)
+        out = ours(*leaves)
+        results.append([out, ours.lse, *torch.autograd.grad(out, leaves, grad)])
+    names = ("out", "lse", "dq", "dk", "dv", "dbias")
+    for name, expected, actual in zip(names, *results, strict=True):
+        assert not expected.isnan().any(), name
+        assert torch.equal(actual, expected), name
+    expected = plain(*(t.double() for t in clean), bias.double(), axis=0, mask=mask)
+    tolerance = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(results[1][0].double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("length", [9, 50, 130])
+def test_any_byte_of_a_mask_but_zero_is_true(machine, length) -> None:
+    tensors = images(length, batch=1, heads=1, features=16)
+    bytes_ = (torch.arange(length) % 4 * 85).to(torch.uint8)[None]  # 0, 85, 170, 255
+    results = []
+    for mask in (bytes_.view(torch.bool), bytes_ > 0):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = Attention(*machine, axis=0, mask=mask)(*leaves)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    expected = plain(*(t.double() for t in tensors), axis=0, mask=bytes_ > 0)
+    torch.testing.assert_close(results[0][0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -66,6 +66,37 @@ class TestCuda(KernelTests):
                 tensor("gradient", 5, 7, dtype=dtype),
             )  # fmt: skip
 
+    @pytest.mark.parametrize("colors", [7, 600])
+    def test_any_byte_of_a_mask_but_zero_is_true(self, losses, colors) -> None:
+        """And what a row holds that is left out is nowhere: targets, logits and upstream."""
+        bytes_ = (torch.arange(9) % 4 * 85).to(torch.uint8)  # 0, 85, 170, 255
+        counts, grad = bytes_ > 0, torch.rand(9)
+        exact = torch.randn(9, colors, dtype=torch.float64, requires_grad=True)
+        tokens = torch.randint(0, colors, (9,))
+        loss = torch.nn.functional.cross_entropy(exact, tokens, reduction="none") * counts
+        (expected,) = torch.autograd.grad(loss, exact, grad.double())
+        logits = exact.detach().float()
+        logits[~counts], tokens[~counts], grad[~counts] = torch.nan, -1, torch.nan
+        logits, grad, tokens, mask = map(
+            losses.here, (logits, grad, tokens, bytes_.view(torch.bool))
+        )
+        ours, z_term, lse, found, gradient = (
+            *(torch.full((9,), torch.nan, device=losses.device) for _ in range(3)),
+            torch.full((9,), -7, device=losses.device),
+            torch.full_like(logits, torch.nan),
+        )
+        library, nothing = torch.ops.gcrl_kernels_cuda, (0.0, 0.0)
+        library.color_cross_entropy(
+            logits, tokens, None, mask, *nothing, ours, z_term, lse, found, gradient
+        )
+        torch.testing.assert_close(ours.cpu(), loss.detach().float())
+        sums = gradient.cpu().nan_to_num(torch.inf) * grad.cpu().nan_to_num()[:, None]
+        torch.testing.assert_close(sums, expected.float(), rtol=1e-5, atol=1e-6)
+        library.color_cross_entropy_backward(
+            grad, logits, tokens, mask, lse, *nothing, gradient.fill_(torch.nan)
+        )
+        torch.testing.assert_close(gradient.cpu(), expected.float(), rtol=1e-5, atol=1e-6)
+
 
 def test_what_the_gpu_backends_cannot() -> None:
     for backend in ("cuda", "triton"):

@@ -59,14 +59,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const uint32_t row = first + loader.row();
       const bool loads = row < a.rows.rows;
       const RowPlace place = a.rows.place(loads ? row : 0);
-      const auto load = [&](const StridedRows<T>& tensor, int number) {
+      const auto load = [&](const StridedRows<T>& tensor, int number, const auto& taken) {
         const Rows to{(loader.row() * 4 + number) * memory.tile_bytes};
-        loader.load(to, tensor, tensor.at(place), loads, 0, memory.padded, length);
+        loader.load(to, tensor, tensor.at(place), loads, 0, memory.padded, length, taken);
       };
-      load(a.q, 0);
-      load(a.k, 1);
-      load(a.v, 2);
-      load(a.grad, 3);
+      load(a.q, 0, Everything());
+      load(a.k, 1, a.options.keys(place));
+      load(a.v, 2, a.options.keys(place));
+      load(a.grad, 3, Everything());
       ptx::commit_copies();
     }
     const uint32_t row = first + of_block;

@@ -52,14 +52,15 @@ class StreamedBlock {
   }
 
   __device__ void own_queries(uint32_t row, int begin, uint32_t slot) {
-    const RowPlace place = enter(row, a.q, a.grad, begin);
+    const RowPlace place = enter(row);
+    load(own, place, a.q, a.grad, begin, memory.own, Everything());
     fill_delta(place, own.second, begin, memory.own);
     const int end = a.options.causal ? min(length, begin + memory.own) : length;
     const Additions additions(a.options, place, blocked, length % memory.own == 0);
     float dq[Product::kSums][4] = {};
 #pragma unroll 1
     for (int key = 0; key < end; key += kColumns) {
-      load(others, place, a.k, a.v, key, kColumns);
+      load(others, place, a.k, a.v, key, kColumns, a.options.keys(place));
       using AsQueries = Gradients<T, kFeatures, false>;
       const Positions mine = own.from(warp);
       float p[kTiles][4] = {}, dp[kTiles][4] = {};
@@ -77,13 +78,14 @@ class StreamedBlock {
   }
 
   __device__ void own_keys(uint32_t row, int begin) {
-    const RowPlace place = enter(row, a.k, a.v, begin);
+    const RowPlace place = enter(row);
+    load(own, place, a.k, a.v, begin, memory.own, a.options.keys(place));
     const Additions additions(a.options, place, blocked, length % memory.own == 0);
     float dk[Product::kSums][4] = {}, dv[Product::kSums][4] = {};
 #pragma unroll 1
     for (int query = a.options.causal ? begin / kColumns * kColumns : 0; query < length;
          query += kColumns) {
-      load(others, place, a.q, a.grad, query, kColumns);
+      load(others, place, a.q, a.grad, query, kColumns, Everything());
       fill_delta(place, others.second, query, kColumns);
       using AsKeys = Gradients<T, kFeatures, true>;
       const Positions mine = own.from(warp);
@@ -101,20 +103,19 @@ class StreamedBlock {
   }
 
  private:
-  // Loads the block's own positions, and which keys are left out.
-  __device__ RowPlace enter(uint32_t row, const StridedRows<T>& first, const StridedRows<T>& second,
-                            int begin) {
+  // Finds a row, and which of its keys are left out.
+  __device__ RowPlace enter(uint32_t row) {
     const RowPlace place = a.rows.place(row);
     fill_blocked(blocked, a.options, place, static_cast<int>(threadIdx.x),
                  static_cast<int>(blockDim.x), memory.own_tiles * memory.own);
-    load(own, place, first, second, begin, memory.own);
     return place;
   }
 
+  template <typename Taken>
   __device__ void load(const Positions& to, const RowPlace& place, const StridedRows<T>& first,
-                       const StridedRows<T>& second, int begin, int count) {
-    loader.load(to.first, first, first.at(place), true, begin, count, length);
-    loader.load(to.second, second, second.at(place), true, begin, count, length);
+                       const StridedRows<T>& second, int begin, int count, const Taken& taken) {
+    loader.load(to.first, first, first.at(place), true, begin, count, length, taken);
+    loader.load(to.second, second, second.at(place), true, begin, count, length, taken);
     ptx::commit_copies();
     ptx::wait_for_copies<0>();
     __syncthreads();

@@ -109,7 +109,7 @@ struct Call {
   Options options() const {
     Options options;
     options.bias = bias ? bias->const_data_ptr<float>() : nullptr;
-    if (mask) options.mask = strided_rows<const bool>(*mask, grid);
+    if (mask) options.mask = strided_rows<const uint8_t>(*mask, grid);
     options.length = length();
     options.features = static_cast<int>(q.size(-1));
     options.scale = static_cast<float>(scale);

@@ -65,11 +65,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const int place = memory.queries + tile % 2 * 2 * kColumns;
     return Rows{row_start + place * Rows::kRowBytes};
   };
+  // What a key that is left out holds must not matter, were it NaN: 0 * NaN is NaN.
+  const KeyMask taken = a.options.keys(loaded);
   const auto load_keys = [&](int tile) {
     const Rows keys = buffer(loaded_start, tile);
     const int begin = tile * kColumns;
-    loader.load(keys, a.k, k_row, loads, begin, kColumns, length);
-    loader.load(keys.from(kColumns), a.v, v_row, loads, begin, kColumns, length);
+    loader.load(keys, a.k, k_row, loads, begin, kColumns, length, taken);
+    loader.load(keys.from(kColumns), a.v, v_row, loads, begin, kColumns, length, taken);
     ptx::commit_copies();
   };
   loader.load(Rows{loaded_start}, a.q, a.q.at(loaded), loads, first_query, memory.queries, length);

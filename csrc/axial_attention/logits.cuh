@@ -14,8 +14,12 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 // What all rows of a call have in common. Exponentials are powers of two: log2(e) is part of the
 // scale and of the bias.
 struct Options {
-  const float* bias;             // [heads, N, N], or null
-  StridedRows<const bool> mask;  // no data: every key may be attended to
+  __device__ KeyMask keys(const RowPlace& place) const {
+    return {mask.data == nullptr ? nullptr : mask.at(place), mask.along};
+  }
+
+  const float* bias;                // [heads, N, N], or null
+  StridedRows<const uint8_t> mask;  // no data: every key may be attended to
   int length, features;
   float scale;
   bool causal;
@@ -94,10 +98,9 @@ __device__ __forceinline__ void to_logits(float (&s)[kTiles][4], const Additions
 __device__ __forceinline__ void fill_blocked(unsigned blocked, const Options& options,
                                              const RowPlace& place, int thread, int threads,
                                              int padded) {
-  const bool* mask = options.mask.data == nullptr ? nullptr : options.mask.at(place);
+  const KeyMask keys = options.keys(place);
   for (int key = thread; key < padded; key += threads) {
-    bool allowed = key < options.length;
-    if (allowed && mask != nullptr) allowed = mask[key * options.mask.along];
+    const bool allowed = key < options.length && keys(key);
     shared_floats(blocked)[key] = allowed ? 0.0f : -INFINITY;
   }
 }

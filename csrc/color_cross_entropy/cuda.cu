@@ -105,10 +105,11 @@ Smoothing smoothing_of(double label_smoothing, double z_loss) {
   return {static_cast<float>(label_smoothing), static_cast<float>(z_loss)};
 }
 
-const bool* mask_of(const std::optional<Tensor>& mask, const Tensor& logits) {
+// Any byte but zero stands for True.
+const uint8_t* mask_of(const std::optional<Tensor>& mask, const Tensor& logits) {
   if (!mask) return nullptr;
   check_positions(*mask, "mask", ScalarType::Bool, logits);
-  return mask->const_data_ptr<bool>();
+  return static_cast<const uint8_t*>(mask->const_data_ptr());
 }
 
 // Calls a function object's run<T, kWidth>() for the dtype of logits.

@@ -19,7 +19,7 @@ struct Smoothing {
 template <typename T>
 struct SoftmaxArguments {
   Logits<T> logits, gradient;  // the gradient may be the logits; none where its data is null
-  const bool* mask;            // [M], or null
+  const uint8_t* mask;         // [M], or null
   Smoothing smoothing;
   int64_t rows;
   int colors, lanes;
@@ -30,7 +30,7 @@ struct SoftmaxArguments {
 template <typename T>
 struct GradientArguments {
   Logits<T> logits, gradient;
-  const bool* mask;
+  const uint8_t* mask;
   Smoothing smoothing;
   int64_t rows;
   int colors, lanes;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWidth == 8 ? 3 : 2)
     return int64_t{blockIdx.x} * lanes.groups() * kRepeats + lanes.group;
   };
   const auto counts = [&](int64_t row) {
-    return row < a.rows && (a.mask == nullptr || a.mask[row]);
+    return row < a.rows && (a.mask == nullptr || a.mask[row] != 0);
   };
   Part<T, kWidth> part;
   int32_t found[kRepeats];
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   const Lanes lanes(a.lanes);
   const int64_t row = int64_t{blockIdx.x} * lanes.groups() + lanes.group;
   if (row >= a.rows) return;
-  const bool counted = a.mask == nullptr || a.mask[row];
+  const bool counted = a.mask == nullptr || a.mask[row] != 0;
   Part<T, kWidth> part;
   part.load(a.logits, row, a.colors, lanes, counted);
   const int32_t target = valid_token(a.tokens[row], a.colors);
