@@ -14,7 +14,7 @@ from gcrl_kernels import checks
 from gcrl_kernels.axial_attention import axial_attention_packed
 from gcrl_kernels.backends import choose
 from gcrl_kernels.color_cross_entropy import color_cross_entropy, linear_color_cross_entropy
-from gcrl_kernels.contrastive import check_views, nt_xent
+from gcrl_kernels.contrastive import check_views, inverse, nt_xent
 from gcrl_kernels.contrastive.ops import block_lse, cannot
 from gcrl_kernels.contrastive.reference import OTHERS
 from gcrl_kernels.operators import accumulation_dtype
@@ -198,18 +198,24 @@ class NTXentLoss(nn.Module):
         dtype = accumulation_dtype(out0.dtype)
         anchors, positives = (normalize(views.to(dtype), dim=1) for views in (out0, out1))
         if self.bank.dim() == 1:
-            shape = (self.bank_size, out1.shape[1])
-            self.bank = normalize(torch.randn(shape, device=out1.device, dtype=dtype), dim=1)
-            self.next_row = self.next_row.to(out1.device)
+            self._begin_bank(out1, dtype)
         bank = self.bank.to(anchors)
         checks.check_shape("out1", out1, (len(out1), bank.shape[1]), "[N, D of the memory bank]")
         backend = choose("nt_xent", None, anchors, lambda name: cannot(name, dtype))
-        scale = (None, 1 / self.temperature)
-        negative = block_lse(anchors, bank, *scale, OTHERS, None, backend)  # [N]
-        positive = (anchors * positives).sum(1) / self.temperature
+        scale, value = inverse("temperature", self.temperature, "out0", anchors)
+        lse, residual = block_lse(anchors, bank, scale, value, OTHERS, None, backend)  # [N]
+        positive = (anchors * positives).sum(1) * (value if scale is None else scale)
         if out0.requires_grad:
             self._remember(positives.detach())
-        return softplus(negative - positive).mean()  # log(exp(negative) + exp(positive)) - positive
+        above = (lse - positive) + residual.detach()
+        return softplus(above).mean()  # log(exp(lse) + exp(positive)) - positive
+
+    @torch.inference_mode(False)  # else no later batch could be trained against it
+    @torch.no_grad()
+    def _begin_bank(self, like: Tensor, dtype: torch.dtype) -> None:
+        rows = torch.randn(self.bank_size, like.shape[1], device=like.device, dtype=dtype)
+        self.bank = normalize(rows, dim=1)
+        self.next_row = torch.zeros_like(self.next_row, device=like.device)
 
     @torch.no_grad()
     def _remember(self, rows: Tensor) -> None:

@@ -67,6 +67,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_bool(mask: Tensor) -> Tensor:
+    """A bool mask whose bytes are all 0 or 1; others, which a view may bring in, count as True."""
+    return mask.view(torch.uint8).ne(0)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the autocast dtype where autocast is on for their device (never float64)."""
     device = tensors[0].device.type

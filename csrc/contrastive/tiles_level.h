@@ -259,7 +259,7 @@ void complete_weights(const TileShape& shape, const Side& rows, const Side& colu
 ALWAYS_INLINE Floats probability(const Side& side, int64_t i, Floats score) {
   const int64_t left = side.count - i;
   Floats difference = score - load(side.lse + i, left);
-  if (side.lse_rest != nullptr) difference -= load(side.lse_rest + i, left);
+  if (side.lse_residual != nullptr) difference -= load(side.lse_residual + i, left);
   return exp(difference);
 }
 
@@ -293,7 +293,7 @@ void weigh(const Side& rows, const Side& columns, const Memory& memory) {
   for_scores(rows, columns, memory.scores, [&](int64_t k, int64_t i, Floats& s) {
     Floats w = load(rows.pull + i, rows.count - i) * probability(rows, i, s);
     if (both) {
-      const float rest = columns.lse_rest == nullptr ? 0 : columns.lse_rest[k];
+      const float rest = columns.lse_residual == nullptr ? 0 : columns.lse_residual[k];
       w += columns.pull[k] * exp((s - columns.lse[k]) - rest);
     }
     s = w;

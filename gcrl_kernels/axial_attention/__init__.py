@@ -66,7 +66,7 @@ def axial_attention(
     options = _check_options(q, axis, causal, scale, bias, mask, return_lse)
     q, k, v = autocast(q, k, v)
     out, lse = ops.forward(q, k, v, *options, _choose(backend, q, axis))
-    return (out, lse.float()) if return_lse else out
+    return (out, lse[0].float()) if return_lse else out
 
 
 def axial_attention_packed(
@@ -92,7 +92,7 @@ def axial_attention_packed(
     options = _check_options(qkv.select(-3, 0), axis, causal, scale, bias, mask, return_lse)
     (qkv,) = autocast(qkv)
     out, lse = ops.packed_forward(qkv, *options, _choose(backend, qkv.select(-3, 0), axis))
-    return (out, lse.float()) if return_lse else out
+    return (out, lse[0].float()) if return_lse else out
 
 
 def _choose(backend: str | None, q: Tensor, axis: int) -> str:

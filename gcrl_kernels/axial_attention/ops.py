@@ -1,5 +1,7 @@
 """The operators of axial attention: schemas, shapes and gradients.
 
+Beside its output a forward returns [2, B, *grid, heads]: each query's log-sum-exp, and what its
+rounding lost.
 `axial_attention` has q, k and v apart; `axial_attention_packed` has them in one tensor, and its
 gradient is one tensor too.
 """
@@ -71,7 +73,7 @@ def cannot(backend: str, length: int, features: int, dtype: torch.dtype) -> str 
 def _forward_shapes(q: Tensor) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
-        q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype)),
+        q.new_empty((2, *q.shape[:-1]), dtype=accumulation_dtype(q.dtype)),
     )
 
 
@@ -124,16 +126,11 @@ def _save(inputs_before_bias: int) -> Any:
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor | None, operator: Any) -> Any:
-    bias = ctx.saved_tensors[-2]
-    *gradients, dbias = operator(
-        grad,
-        *ctx.saved_tensors,
-        *ctx.options,
-        bias is not None and ctx.needs_input_grad[len(ctx.saved_tensors) - 4],
-        ctx.backend,
-    )
+    saved = ctx.saved_tensors  # once: activation checkpointing hands them out once
+    bias_needs_grad = saved[-2] is not None and ctx.needs_input_grad[len(saved) - 4]
+    *gradients, dbias = operator(grad, *saved, *ctx.options, bias_needs_grad, ctx.backend)
     # bias, then mask, axis, causal, scale and backend
-    return *gradients, dbias if bias is not None else None, None, None, None, None, None
+    return *gradients, dbias if saved[-2] is not None else None, None, None, None, None, None
 
 
 def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> Any:

@@ -26,8 +26,9 @@ def quantize_colors(pixels: Tensor, palette: Tensor, *, backend: str | None = No
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the pixels' device.
 
     Returns:
-        int64 [...], 0 to K - 1: the lowest index where several are nearest, -1 for a pixel with a
-        NaN. A NaN colour is never the nearest.
+        int64 [...], 0 to K - 1: the lowest index where several are nearest. -1 for a pixel that has
+        no colour at a finite distance: one with a NaN or an infinity, and in float32 one that is
+        about 1.8e19 from every colour, whose square overflows. A NaN colour is never the nearest.
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device than stated.

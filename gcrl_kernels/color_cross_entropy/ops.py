@@ -19,7 +19,13 @@ from torch import Tensor
 
 from gcrl_kernels.color_cross_entropy import compiled, launch, reference
 from gcrl_kernels.color_cross_entropy.implementation import Implementation
-from gcrl_kernels.operators import accumulation_dtype, define, differentiate, once_differentiable
+from gcrl_kernels.operators import (
+    accumulation_dtype,
+    as_bool,
+    define,
+    differentiate,
+    once_differentiable,
+)
 
 _OPTIONS = "str reduction, float label_smoothing, float z_loss"
 
@@ -79,7 +85,11 @@ def _positions(tensor: Tensor) -> Tensor:
 def _targets(pixels: Tensor, palette: Tensor | None, mask: Tensor | None) -> tuple[Any, ...]:
     """Pixels [M, 3], or tokens [M] where there is no palette; the palette; the mask [M]."""
     flat = pixels.flatten() if palette is None else _positions(pixels)
-    return flat, palette, None if mask is None else mask.flatten()
+    return flat, palette, _flat(mask)
+
+
+def _flat(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else as_bool(mask).flatten()
 
 
 def _reduce(
@@ -91,7 +101,9 @@ def _reduce(
     loss, z_term = loss.sum(), z_term.sum()
     if reduction == "sum":
         return loss, z_term, loss.new_ones(())
-    count = loss.new_tensor(float(prod(shape))) if mask is None else mask.sum().to(loss.dtype)
+    count = (
+        loss.new_tensor(float(prod(shape))) if mask is None else as_bool(mask).sum().to(loss.dtype)
+    )
     return loss / count, z_term / count, count
 
 
@@ -142,10 +154,10 @@ def _write_gradient(
     *options: float,
 ) -> None:
     implementation.backward(
-        _scale(grad, count).flatten().expand(len(lse)),
+        _scale(grad, count).flatten().expand(lse.shape[1]),
         _positions(logits),
         tokens,
-        None if mask is None else mask.flatten(),
+        _flat(mask),
         lse,
         *options,
         _positions(gradient),
@@ -208,7 +220,7 @@ def _linear_backward(implementation: Implementation) -> Callable[..., Any]:
             weight,
             bias,
             tokens,
-            None if mask is None else mask.flatten(),
+            _flat(mask),
             lse,
             label_smoothing,
             z_loss,
@@ -247,7 +259,7 @@ def _loss_shapes(hidden: Tensor, reduction: str, keep: bool) -> tuple[Tensor, ..
         hidden.new_empty(reduced, dtype=dtype),
         hidden.new_empty(reduced, dtype=dtype),
         hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(kept, dtype=dtype),
+        hidden.new_empty((2, kept), dtype=dtype),
         hidden.new_empty(kept, dtype=torch.int64),
     )
 

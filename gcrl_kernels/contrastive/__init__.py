@@ -59,7 +59,7 @@ def nt_xent(
         BackendUnavailableError: a backend asked for by name cannot serve here.
     """
     check_views(z0, z1)
-    scale = _inverse("temperature", temperature, "z0", z0)
+    scale = inverse("temperature", temperature, "z0", z0)
     options = (scale, normalize, reduction, negatives, group, gather)
     return _of_views("nt_xent", z0, z1, reference.OTHERS, *options, backend)
 
@@ -83,7 +83,7 @@ def dcl(
     is minus infinity.
     """
     check_views(z0, z1)
-    scale = _inverse("temperature", temperature, "z0", z0)
+    scale = inverse("temperature", temperature, "z0", z0)
     options = (scale, normalize, reduction, negatives, group, gather)
     return _of_views("dcl", z0, z1, reference.NEGATIVES, *options, backend)
 
@@ -164,7 +164,7 @@ def supcon(
     checks.check_dtype("labels", labels, checks.INTEGERS, "a tensor of integers")
     checks.check_shape("labels", labels, z.shape[:1], "[n]")
     checks.check_same_device("labels", labels, "z", z)
-    scale = _inverse("temperature", temperature, "z", z)
+    scale = inverse("temperature", temperature, "z", z)
     negatives = _check_options(z, "z", normalize, reduction, negatives)
     # A class is the place of its first member among the sorted labels.
     ordered = labels.sort().values
@@ -229,10 +229,10 @@ def _number_or_tensor(
     return value.reshape(()), 0.0
 
 
-def _inverse(
+def inverse(
     name: str, temperature: float | Tensor, other_name: str, other: Tensor
 ) -> tuple[Tensor | None, float]:
-    """The scale that a temperature stands for."""
+    """The scale that a temperature stands for: a tensor, or None and a number."""
     tensor, value = _number_or_tensor(name, temperature, other_name, other)
     if tensor is not None:
         return tensor.to(accumulation_dtype(other.dtype)).reciprocal(), 0.0

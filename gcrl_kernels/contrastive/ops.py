@@ -3,7 +3,7 @@
 `contrast` is any of the losses of one process's views, told apart by the candidates and by whether
 there are classes (see reference.py). The block operators are its parts, some rows against some
 columns, from which the loss over several processes is put together, and the one against a memory
-bank. The columns of `block_lse` get no gradient.
+bank. The columns of `block_lse` get no gradient; nor has its second row, the residual, one.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ block_lse = define(
     f"contrast_block_lse(Tensor rows, Tensor columns, {_SCALE}, {_OPTIONS}, int? diagonal, "
     "str backend) -> Tensor",
     {name: each.block_lse for name, each in IMPLEMENTATIONS.items()},
-    lambda rows, *rest: rows.new_empty(rows.shape[0]),
+    lambda rows, *rest: rows.new_empty(2, rows.shape[0]),
 )
 block_gradient = define(
     "contrast_block_gradient(Tensor rows, Tensor row_lse, Tensor row_grad, Tensor columns, "
@@ -102,7 +102,7 @@ def _block_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _block_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     rows, columns, scale, lse = ctx.saved_tensors
-    drows, dscale = block_gradient(rows, lse, grad, columns, None, None, scale, *ctx.options)
+    drows, dscale = block_gradient(rows, lse, grad[0], columns, None, None, scale, *ctx.options)
     if scale is not None:
         dscale = dscale.to(scale.dtype)
     return drows, None, dscale if ctx.needs_input_grad[2] else None, *[None] * 4
