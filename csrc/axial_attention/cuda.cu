@@ -162,11 +162,12 @@ void check_alike(const Tensor& tensor, const char* name, const Tensor& q) {
 
 void check_lse(const Tensor& lse, const Tensor& q) {
   check_same_device(lse, "lse", q);
-  STD_TORCH_CHECK(lse.dim() == q.dim() - 1 && lse.scalar_type() == ScalarType::Float,
-                  "lse: expected float32 [B, *grid, heads]");
-  for (int64_t d = 0; d < lse.dim(); ++d) {
-    STD_TORCH_CHECK(lse.size(d) == q.size(d), "lse: expected size ", q.size(d), " in dimension ", d,
-                    ", got ", lse.size(d));
+  STD_TORCH_CHECK(
+      lse.dim() == q.dim() && lse.size(0) == 2 && lse.scalar_type() == ScalarType::Float,
+      "lse: expected float32 [2, B, *grid, heads]");
+  for (int64_t d = 1; d < lse.dim(); ++d) {
+    STD_TORCH_CHECK(lse.size(d) == q.size(d - 1), "lse: expected size ", q.size(d - 1),
+                    " in dimension ", d, ", got ", lse.size(d));
   }
 }
 
@@ -268,7 +269,8 @@ void forward(const Tensor q, const Tensor k, const Tensor v, std::optional<Tenso
                                      strided_rows<T>(k, grid),
                                      strided_rows<T>(v, grid),
                                      strided_rows<T>(out, grid),
-                                     strided_rows<float>(lse, grid)};
+                                     strided_rows<float>(torch::stable::select(lse, 0, 0), grid),
+                                     lse.stride(0)};
     launch_best_forward<T, kFeatures>(call, arguments);
   });
 }
@@ -423,7 +425,8 @@ void backward(const Tensor grad, const Tensor q, const Tensor k, const Tensor v,
                                       strided_rows<T>(dq, grid),
                                       strided_rows<T>(dk, grid),
                                       strided_rows<T>(dv, grid),
-                                      strided_rows<float>(lse, grid),
+                                      strided_rows<float>(torch::stable::select(lse, 0, 0), grid),
+                                      lse.stride(0),
                                       nullptr,
                                       0};
     launch_best_backward<T, kFeatures>(call, arguments, dbias);

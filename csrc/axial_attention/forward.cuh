@@ -18,6 +18,7 @@ struct ForwardArguments {
   int key_tiles;
   StridedRows<T> q, k, v, out;
   StridedRows<float> lse;
+  int64_t residuals;  // how far they lie behind each lse
 };
 
 // The block's shared memory: the queries, one or two buffers of keys and values, and for each row
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const Rows keys = buffer(start, tile);
       float s[kTiles][4] = {};
       Product::scores(s, queries, keys, features);
-      to_logits<false>(s, additions, query, tile * kColumns, [](int, int) { return 0.0f; });
+      to_logits<false>(s, additions, query, tile * kColumns);
       float shrink[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -124,14 +125,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         }
         largest = maximum_over_row(largest);
         const float base = largest == -INFINITY ? 0.0f : largest;
-        shrink[half] = ptx::exp2(maximum[half] - base);
+        shrink[half] = exp_of_difference(maximum[half], base);
         maximum[half] = largest;
         float sum = 0.0f;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            s[n][e] = ptx::exp2(s[n][e] - base);
+            s[n][e] = exp_of_difference(s[n][e], base);
             sum += s[n][e];
           }
         }
@@ -157,9 +158,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     factor[half] = total[half] == 0.0f ? 0.0f : 1.0f / total[half];
     const int position = query + lane.row() + 8 * half;
     if (lane.column() == 0 && position < length) {
-      const float lse =
-          total[half] == 0.0f ? -INFINITY : (maximum[half] + log2f(total[half])) * kLn2;
-      a.lse.at(place)[position * a.lse.along] = lse;
+      const LogSumExp lse(maximum[half], logf(total[half]));
+      float* to = a.lse.at(place) + position * a.lse.along;
+      to[0] = lse.value;
+      to[a.residuals] = lse.residual;
     }
   }
   Product::store(sums, factor, a.out, a.out.at(place), query, length, features);

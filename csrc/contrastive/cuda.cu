@@ -240,7 +240,7 @@ void forward(const Tensor z0, std::optional<Tensor> z1, std::optional<Tensor> ne
     arguments.share = floats_of(share, "share", anchors, z0);
     arguments.losses = floats_of(losses, "losses", anchors, z0);
     arguments.lse = floats_of(lse, "lse", 2 * anchors, z0);
-    arguments.lse_rest = arguments.lse + anchors;
+    arguments.lse_residual = arguments.lse + anchors;
     launch_forward(arguments, z0);
   });
 }
@@ -258,7 +258,7 @@ void backward(const Tensor grad, const Tensor z0, std::optional<Tensor> z1,
   const Tensor weights = torch::stable::new_empty(grad, {3, count});
   Anchors anchors = {};
   anchors.lse = floats_of(lse, "lse", 2 * count, z0);
-  anchors.lse_rest = anchors.lse + count;
+  anchors.lse_residual = anchors.lse + count;
   anchors.grad = floats_of(grad, "grad", count, z0);
   anchors.share = floats_of(share, "share", count, z0);
   anchors.classes = numbers_of<int32_t>(classes, "classes", ScalarType::Int, count, z0);
@@ -323,7 +323,8 @@ void block_lse(const Tensor rows, const Tensor columns, std::optional<Tensor> sc
   arguments.columns = blocks.columns();
   arguments.meeting = blocks.meeting(0);
   arguments.scale = scale_of(scale, scale_value, rows);
-  arguments.lse = floats_of(lse, "lse", rows.size(0), rows);
+  arguments.lse = floats_of(lse, "lse", 2 * rows.size(0), rows);
+  arguments.lse_residual = arguments.lse + rows.size(0);
   launch_forward(arguments, rows);
 }
 
@@ -338,14 +339,16 @@ void block_gradient(const Tensor rows, const Tensor row_lse, const Tensor row_gr
   const int64_t count = rows.size(0), anchors = column_lse && column_grad ? columns.size(0) : 0;
   const Tensor weights = torch::stable::new_empty(rows, {2 * (count + anchors)}, ScalarType::Float);
   Anchors own = {}, others = {};
-  own.lse = floats_of(row_lse, "row_lse", count, rows);
+  own.lse = floats_of(row_lse, "row_lse", 2 * count, rows);
+  own.lse_residual = own.lse + count;
   own.grad = floats_of(row_grad, "row_grad", count, rows);
   own.count = count;
   own.pull = weights.mutable_data_ptr<float>();
   own.weight = own.pull + count;
   others.count = anchors;
   if (anchors > 0) {
-    others.lse = floats_of(column_lse, "column_lse", anchors, rows);
+    others.lse = floats_of(column_lse, "column_lse", 2 * anchors, rows);
+    others.lse_residual = others.lse + anchors;
     others.grad = floats_of(column_grad, "column_grad", anchors, rows);
   }
   others.pull = own.weight + count;

@@ -4,6 +4,7 @@
 
 #include "common/products.cuh"
 #include "common/ptx.cuh"
+#include "common/softmax.cuh"
 #include "contrastive/embeddings.cuh"
 
 namespace gcrl_kernels::contrastive {
@@ -241,13 +242,6 @@ struct Scale {
   const float* data;
   float value;
 };
-
-inline constexpr float kLog2e = 1.4426950408889634f;
-
-// e^(a - b), where the difference is rounded before anything else.
-static __device__ __forceinline__ float exp_of_difference(float a, float b) {
-  return ptx::exp2((a - b) * kLog2e);
-}
 
 template <typename Number, typename Place>
 __device__ __forceinline__ Number number_at(const Number* numbers, Place place, Place end) {
