@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWidth == 8 ? 3 : 2)
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kBlockThreads, 3)
+__global__ void __launch_bounds__(kBlockThreads, kWidth == 8 ? 6 : 3)
     softmax_backward(const GradientArguments<T> arguments) {
   const auto& a = arguments;
   const Lanes lanes(a.lanes);
