@@ -13,6 +13,12 @@ NOTICED = {
     "load_outside": "outside shared memory",
     "load_misaligned": "misaligned shared memory",
     "copy_misaligned": "cp.async: misaligned source",
+    "no_blocks": "expected 1 to 2147483647 blocks, got 0",
+    "many_blocks": "expected 1 to 2147483647 blocks, got 2147483648",
+    "blocks_in_two_dimensions": "expected 1 to 1 in the other dimensions, got 2",
+    "no_threads": "expected 1 to 1024 threads, got 0",
+    "many_threads": "expected 1 to 1024 threads, got 1025",
+    "much_shared_memory": "expected 0 to 232448 bytes of shared memory, got 232449",
 }
 
 
