@@ -61,8 +61,13 @@ def narrow(values, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, initial, PRECISION: tl.constexpr):
-    """initial + a b in float32; the interpreter has no right product of half precision."""
+    """initial + a b in float32.
+
+    The interpreter's own product is wrong in half precision, and in float32 it depends on the place
+    in the tile: from float64 it is rounded to the same number everywhere, as a GPU sums it alike.
+    """
     if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        exact = initial.to(tl.float64)
+        exact = tl.dot(a.to(tl.float64), b.to(tl.float64), exact, out_dtype=tl.float64)
+        return exact.to(tl.float32)
     return tl.dot(a, b, initial, input_precision=PRECISION)
