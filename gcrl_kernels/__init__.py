@@ -9,6 +9,7 @@ from gcrl_kernels.color_cross_entropy import (
     quantize_colors,
 )
 from gcrl_kernels.contrastive import dcl, info_nce, nt_xent, supcon
+from gcrl_kernels.installation import warn_if_uncompiled
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,3 +25,5 @@ __all__ = [
     "quantize_colors",
     "supcon",
 ]
+
+warn_if_uncompiled()

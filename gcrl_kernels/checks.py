@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from gcrl_kernels.operators import has_storage, is_transformed
+
+Number = TypeVar("Number", int, float)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -26,8 +33,19 @@ def shape(tensor: Tensor) -> str:
 
 
 def check_tensor(name: str, value: object) -> None:
+    """Raise unless it is a dense tensor whose memory is there."""
     if not isinstance(value, Tensor):
         raise type_error(name, "a tensor", type(value).__name__)
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
+        raise type_error(name, "a dense tensor", f"a {kind} one")
+    if type(value) in (Tensor, nn.Parameter) and not _is_traced() and not has_storage(value):
+        raise type_error(name, "a tensor that has its memory", "one whose storage was freed")
+
+
+def _is_traced() -> bool:
+    """Whether tensors stand for others, and have no memory of their own."""
+    return torch.compiler.is_compiling() or is_transformed()
 
 
 def check_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], expected: str) -> None:
@@ -74,17 +92,37 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         )
 
 
-def check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise type_error(name, "a number", type(value).__name__)
+def number(name: str, value: Any) -> float:
+    """A finite number as a float, from whatever has one's value: NumPy's too."""
+    if type(value) not in (int, float):  # which may be symbols that a compiler traces
+        known = hasattr(value, "__float__") and not isinstance(value, (bool, np.bool_))
+        if not known or not _is_one_number(value):
+            raise type_error(name, "a number", type(value).__name__)
+        value = float(value)
     # not math.isfinite, which cannot be traced where a number is dynamic
     if not abs(value) <= sys.float_info.max:
         raise value_error(name, "a finite number", value)
+    return value if type(value) is float else float(value)
 
 
-def check_integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def integer(name: str, value: Any) -> int:
+    """An integer as an int, from whatever has one's value: NumPy's too."""
+    if type(value) is int:
+        return value
+    known = hasattr(value, "__index__") and not isinstance(value, (bool, np.bool_))
+    if not known or not _is_one_number(value):
         raise type_error(name, "an integer", type(value).__name__)
+    return operator.index(value)
+
+
+def _is_one_number(value: Any) -> bool:
+    """Of NumPy's and PyTorch's arrays one element without a gradient, which is not waited for."""
+    if isinstance(value, Tensor):
+        floats = value.dtype.is_floating_point or value.dtype in INTEGERS
+        return (
+            floats and value.numel() == 1 and value.device.type == "cpu" and not value.requires_grad
+        )
+    return not isinstance(value, np.ndarray) or value.ndim == 0
 
 
 def check_flag(name: str, value: object) -> None:
@@ -92,7 +130,7 @@ def check_flag(name: str, value: object) -> None:
         raise type_error(name, "True or False", type(value).__name__)
 
 
-def check_at_least(name: str, value: float, least: float) -> None:
-    check_number(name, value)
+def at_least(name: str, value: Number, least: float) -> Number:
     if not value >= least:
         raise value_error(name, f"at least {least}", value)
+    return value

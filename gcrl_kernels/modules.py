@@ -14,10 +14,10 @@ from gcrl_kernels import checks
 from gcrl_kernels.axial_attention import axial_attention_packed
 from gcrl_kernels.backends import choose
 from gcrl_kernels.color_cross_entropy import color_cross_entropy, linear_color_cross_entropy
-from gcrl_kernels.contrastive import check_views, nt_xent
-from gcrl_kernels.contrastive.ops import block_lse, cannot
+from gcrl_kernels.contrastive import check_views, inverse, nt_xent
+from gcrl_kernels.contrastive.ops import cannot, differentiable_block_lse
 from gcrl_kernels.contrastive.reference import OTHERS
-from gcrl_kernels.operators import accumulation_dtype
+from gcrl_kernels.operators import accumulation_dtype, check_reverse_mode
 
 __all__ = [
     "AxialSelfAttention",
@@ -53,8 +53,7 @@ class AxialSelfAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        checks.check_integer("width", width)
-        checks.check_integer("heads", heads)
+        width, heads = checks.integer("width", width), checks.integer("heads", heads)
         if heads < 1 or width < 1 or width % heads:
             raise checks.value_error("heads", f"a divisor of the width {width}", heads)
         self.heads, self.axis, self.causal, self.backend = heads, axis, causal, backend
@@ -161,14 +160,13 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        checks.check_number("temperature", temperature)
+        temperature = checks.number("temperature", temperature)
         if abs(temperature) < 1e-8:
             raise checks.value_error(
                 "temperature", "an absolute value of at least 1e-8", temperature
             )
-        sizes = memory_bank_size if isinstance(memory_bank_size, Sequence) else (memory_bank_size,)
-        for size in sizes:
-            checks.check_integer("memory_bank_size", size)
+        given = memory_bank_size if isinstance(memory_bank_size, Sequence) else [memory_bank_size]
+        sizes = [checks.integer("memory_bank_size", size) for size in given]
         if len(sizes) not in (1, 2) or min(sizes) < 0:
             raise checks.value_error(
                 "memory_bank_size", "a size, or a size and a dimension", memory_bank_size
@@ -185,7 +183,7 @@ class NTXentLoss(nn.Module):
         self.register_buffer("next_row", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        check_views(out0, out1, "out0", "out1")
+        out0, out1 = check_views(out0, out1, "out0", "out1")
         if self.bank_size == 0:
             return nt_xent(out0, out1, temperature=self.temperature, group=self._group())
         return self._against_bank(out0, out1)
@@ -198,18 +196,27 @@ class NTXentLoss(nn.Module):
         dtype = accumulation_dtype(out0.dtype)
         anchors, positives = (normalize(views.to(dtype), dim=1) for views in (out0, out1))
         if self.bank.dim() == 1:
-            shape = (self.bank_size, out1.shape[1])
-            self.bank = normalize(torch.randn(shape, device=out1.device, dtype=dtype), dim=1)
-            self.next_row = self.next_row.to(out1.device)
+            self._begin_bank(out1, dtype)
         bank = self.bank.to(anchors)
         checks.check_shape("out1", out1, (len(out1), bank.shape[1]), "[N, D of the memory bank]")
         backend = choose("nt_xent", None, anchors, lambda name: cannot(name, dtype))
-        scale = (None, 1 / self.temperature)
-        negative = block_lse(anchors, bank, *scale, OTHERS, None, backend)  # [N]
-        positive = (anchors * positives).sum(1) / self.temperature
+        scale, value = inverse("temperature", self.temperature, "out0", anchors)
+        check_reverse_mode("NTXentLoss", anchors, positives, scale)
+        lse, residual = differentiable_block_lse(
+            anchors, bank, scale, value, OTHERS, None, backend
+        )  # [N]
+        positive = (anchors * positives).sum(1) * (value if scale is None else scale)
         if out0.requires_grad:
             self._remember(positives.detach())
-        return softplus(negative - positive).mean()  # log(exp(negative) + exp(positive)) - positive
+        above = (lse - positive) + residual.detach()
+        return softplus(above).mean()  # log(exp(lse) + exp(positive)) - positive
+
+    @torch.inference_mode(False)  # else no later batch could be trained against it
+    @torch.no_grad()
+    def _begin_bank(self, like: Tensor, dtype: torch.dtype) -> None:
+        rows = torch.randn(self.bank_size, like.shape[1], device=like.device, dtype=dtype)
+        self.bank = normalize(rows, dim=1)
+        self.next_row = torch.zeros_like(self.next_row, device=like.device)
 
     @torch.no_grad()
     def _remember(self, rows: Tensor) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -75,6 +76,14 @@ def emulator(
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", *(f"cpu-{level}" for level in backends.cpu_levels())])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend for tensors on the CPU, the compiled one with each of its instruction sets."""
+    name, _, level = request.param.partition("-")
+    with backends.use_cpu_level(level) if level else nullcontext():
+        yield name
 
 
 @pytest.fixture(params=backends.cpu_levels() or ["none"])

@@ -150,7 +150,7 @@ def test_gradcheck(further) -> None:
     torch.autograd.gradcheck(function, (z0, z1, tau))
     columns = torch.randn(2, 4, dtype=torch.float64)  # they get no gradient
     torch.autograd.gradcheck(
-        lambda rows, tau: ops.block_lse(rows, columns, tau, 0.0, OTHERS, None, "reference"),
+        lambda rows, tau: ops.block_lse(rows, columns, tau, 0.0, OTHERS, None, "reference")[0],
         (z0, tau),
     )
 
@@ -171,10 +171,10 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.contrast, (z0, z1, *further))
     classes = (None, torch.arange(6).int() % 3, torch.ones(6), tau, 0.0, OTHERS, True, "reference")
     torch.library.opcheck(ops.contrast, (z0, None, *classes))
-    rows, lse = torch.randn(4, 5), torch.rand(4)
+    rows, lse, grad = torch.randn(4, 5), torch.rand(2, 4), torch.rand(4)
     torch.library.opcheck(ops.block_lse, (rows, rows, None, 0.5, NEGATIVES, 0, "reference"))
     torch.library.opcheck(ops.block_lse, (z0, rows, tau, 0.0, OTHERS, None, "reference"))
-    block = (rows, lse, lse, rows, lse, lse, None, 0.5, OTHERS, None)
+    block = (rows, lse, grad, rows, lse, grad, None, 0.5, OTHERS, None)
     torch.library.opcheck(ops.block_gradient, (*block, "reference"))
 
 

@@ -110,14 +110,14 @@ def test_what_is_not_finite(quantize, dtype) -> None:
         [[0, 0, 0], [nan, 0, 0], [0, nan, 0], [0, 0, nan], [inf, 0, 0], [-inf, nan, 0], [8, 8, 8]],
         dtype=dtype,
     )
-    assert quantize(pixels, palette).tolist() == [3, -1, -1, -1, 0, -1, 1]
-    assert quantize(pixels, palette[:1]).tolist() == [0, -1, -1, -1, 0, -1, 0]
+    assert quantize(pixels, palette).tolist() == [3, -1, -1, -1, -1, -1, 1]
+    assert quantize(pixels, palette[:1]).tolist() == [-1, -1, -1, -1, -1, -1, -1]
 
 
-def test_overflowing_distances_leave_the_first_color(quantize) -> None:
-    pixels = torch.tensor([[3e38, 0, 0], [1, 1, 1]])
+def test_overflowing_distances_have_no_nearest_color(quantize) -> None:
+    pixels = torch.tensor([[3e38, 0, 0], [1, 1, 1], [1e20, 0, 0]])
     palette = torch.tensor([[-3e38, 0, 0], [1, 1, 1]])
-    assert quantize(pixels, palette).tolist() == [0, 1]
+    assert quantize(pixels, palette).tolist() == [-1, 1, -1]
 
 
 def palettes(scale: float) -> dict[str, torch.Tensor]:

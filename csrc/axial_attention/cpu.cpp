@@ -49,14 +49,14 @@ class Rows {
   GridStrides strides_;
 };
 
-// What is added to the scores: the bias [heads, N, padded] and, line by line, the mask as numbers.
+// What changes the scores: the bias [heads, N, padded] and, line by line, the mask as numbers.
 class Additions {
  public:
   Additions(const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, const Grid& grid)
       : grid_(grid), keys_(padded(grid.length())), mask_(mask) {
     if (mask) {
       mask_strides_ = grid.strides(*mask);
-      mask_data_ = static_cast<const bool*>(mask->const_data_ptr());
+      mask_data_ = mask_bytes(*mask);
     }
     if (!bias) return;
     const int64_t n = grid.length(), lines = grid.heads() * n;
@@ -75,9 +75,9 @@ class Additions {
   // The mask of a row's line, [padded], in the caller's memory; null without a mask.
   const float* allowed(const GridPlace& place, float* numbers) const {
     if (!mask_) return nullptr;
-    const bool* first = mask_data_ + place.offset(mask_strides_);
+    const uint8_t* first = mask_data_ + place.offset(mask_strides_);
     for (int64_t i = 0; i < grid_.length(); ++i) {
-      const bool may = first[i * mask_strides_.along];
+      const bool may = first[i * mask_strides_.along] != 0;
       numbers[i] = may ? 0.0f : -std::numeric_limits<float>::infinity();
     }
     std::fill(numbers + grid_.length(), numbers + keys_, 0.0f);
@@ -90,7 +90,7 @@ class Additions {
   const Grid& grid_;
   int64_t keys_;
   std::optional<Tensor> mask_;
-  const bool* mask_data_ = nullptr;
+  const uint8_t* mask_data_ = nullptr;
   GridStrides mask_strides_ = {};
   std::unique_ptr<Scratch> bias_;
 };
@@ -138,7 +138,8 @@ void forward(const Tensor q, const Tensor k, const Tensor v, std::optional<Tenso
                           static_cast<float>(scale)};
   const RowKernels& kernels = row_kernels();
   const Rows inputs[] = {{q, grid}, {k, grid}, {v, grid}}, outputs[] = {{out, grid}};
-  const Rows lse_rows(lse, grid);
+  const Rows lse_rows(torch::stable::select(lse, 0, 0), grid);
+  const Rows residual_rows(torch::stable::select(lse, 0, 1), grid);
   const Additions additions(bias, mask, grid);
   const auto one_row = [&](int64_t row, int64_t before, const GridPlace& place,
                            const GridPlace* next, const float* allowed, float* scratch) {
@@ -149,6 +150,7 @@ void forward(const Tensor q, const Tensor k, const Tensor v, std::optional<Tenso
     find_rows(inputs, next, rows.next);
     rows.before = before;
     rows.lse = static_cast<float*>(of_lse.data);
+    rows.lse_residual = static_cast<float*>(residual_rows.at(place).data);
     rows.lse_stride = of_lse.stride;
     rows.bias = additions.bias(row % grid.heads());
     rows.allowed = allowed;
@@ -209,7 +211,8 @@ void backward(const Tensor grad, const Tensor q, const Tensor k, const Tensor v,
   const RowKernels& kernels = row_kernels();
   const Rows inputs[] = {{q, grid}, {k, grid}, {v, grid}, {grad, grid}};
   const Rows outputs[] = {{dq, grid}, {dk, grid}, {dv, grid}};
-  const Rows lse_rows(lse, grid);
+  const Rows lse_rows(torch::stable::select(lse, 0, 0), grid);
+  const Rows residual_rows(torch::stable::select(lse, 0, 1), grid);
   const Additions additions(bias, mask, grid);
   const auto run = [&](int64_t begin, int64_t end, int64_t step, float* bias_sum) {
     const auto one_row = [&](int64_t row, int64_t before, const GridPlace& place,
@@ -221,6 +224,7 @@ void backward(const Tensor grad, const Tensor q, const Tensor k, const Tensor v,
       find_rows(inputs, next, rows.next);
       rows.before = before;
       rows.lse = static_cast<const float*>(of_lse.data);
+      rows.lse_residual = static_cast<const float*>(residual_rows.at(place).data);
       rows.lse_stride = of_lse.stride;
       rows.bias = additions.bias(row % grid.heads());
       rows.allowed = allowed;

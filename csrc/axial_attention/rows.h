@@ -30,7 +30,7 @@ struct ForwardRow {
   Row outputs[1];  // out
   Row next[3];
   int64_t before;
-  float* lse;  // [length], lse_stride apart
+  float *lse, *lse_residual;  // [length], lse_stride apart; the residual is what rounding lost
   int64_t lse_stride;
   const float* bias;     // [length, padded], or null
   const float* allowed;  // [padded], 0 or minus infinity for each key, or null
@@ -41,7 +41,7 @@ struct BackwardRow {
   Row outputs[3];  // dq, dk, dv
   Row next[4];
   int64_t before;
-  const float* lse;
+  const float *lse, *lse_residual;
   int64_t lse_stride;
   const float* bias;
   const float* allowed;

@@ -196,7 +196,10 @@ void complete_scores(float* scores, int64_t keys, int64_t columns, const float* 
     for (int64_t j = 0; j < keys; j += kLanes) at(scores + j) += at(bias + j);
   }
   if (allowed != nullptr) {
-    for (int64_t j = 0; j < keys; j += kLanes) at(scores + j) += at(allowed + j);
+    for (int64_t j = 0; j < keys; j += kLanes) {
+      const Floats may = at(allowed + j);
+      at(scores + j) = may < 0 ? may : at(scores + j);
+    }
   }
   const Floats nothing = Floats{} - kInfinity;
   if (keys % kLanes != 0) {
@@ -204,6 +207,17 @@ void complete_scores(float* scores, int64_t keys, int64_t columns, const float* 
     edge = lanes() < static_cast<int32_t>(keys % kLanes) ? edge : nothing;
   }
   for (int64_t j = whole_vectors(keys); j < columns; j += kLanes) at(scores + j) = nothing;
+}
+
+// Zeros for the packed keys and values that are masked: zero times what is not finite is NaN.
+void clear_masked(const float* allowed, int64_t length, int64_t width, float* k, float* v) {
+  if (allowed == nullptr) return;
+  for (int64_t i = 0; i < length; ++i) {
+    if (allowed[i] == 0) continue;
+    for (int64_t d = 0; d < width; d += kLanes) {
+      at(k + i * width + d) = at(v + i * width + d) = Floats{};
+    }
+  }
 }
 
 // Scores to exp(score - maximum), in place; their sum and the maximum (0 where nothing is allowed).
@@ -241,9 +255,10 @@ void forward_of(const RowShape& shape, const ForwardRow& row, float* memory) {
   float* k_transposed = scratch.take(features * keys);
   float* scores = scratch.take(most * keys);
   float* factors = scratch.take(most);
-  const float* q = packed[row.before % 2];
-  const float *k = q + n * width, *v = k + n * width;
+  float* q = packed[row.before % 2];
+  float *k = q + n * width, *v = k + n * width;
   if (row.before == 0) Packing<Type>(row.inputs, 3, nullptr, 0, shape, packed[0], width).finish();
+  clear_masked(row.allowed, n, width, k, v);
   Packing<Type> packing(row.next, 3, row.outputs, most == n ? 1 : 0, shape,
                         packed[(row.before + 1) % 2], width);
   transpose(k, width, n, features, k_transposed, keys);
@@ -260,7 +275,10 @@ void forward_of(const RowShape& shape, const ForwardRow& row, float* memory) {
       float maximum, sum;
       exponentiate(scores + i * keys, columns, &maximum, &sum);
       factors[i] = sum == 0 ? 0 : 1 / sum;
-      row.lse[query * row.lse_stride] = sum == 0 ? -kInfinity : maximum + __builtin_logf(sum);
+      const float log_sum = __builtin_logf(sum), lse = maximum + log_sum;
+      const float residual = (maximum - lse) + log_sum;
+      row.lse[query * row.lse_stride] = lse;
+      row.lse_residual[query * row.lse_stride] = is_finite(residual) ? residual : 0;
     }
     multiply(shape.causal ? Causal::kLower : Causal::kNo, begin, {scores, keys, 1}, v, width,
              queries, n, whole_vectors(features),
@@ -290,9 +308,10 @@ void backward_of(const RowShape& shape, const BackwardRow& row, float* memory) {
   float* ds = scratch.take(most * keys);
   float* dk = scratch.take(n * width);
   float* dv = scratch.take(n * width);
-  const float* first = packed[row.before % 2];
-  const float *k = first + n * width, *v = k + n * width, *first_grad = v + n * width;
+  float* first = packed[row.before % 2];
+  float *k = first + n * width, *v = k + n * width, *first_grad = v + n * width;
   if (row.before == 0) Packing<Type>(row.inputs, 4, nullptr, 0, shape, packed[0], width).finish();
+  clear_masked(row.allowed, n, width, k, v);
   Packing<Type> packing(row.next, 4, row.outputs, most == n ? 3 : 0, shape,
                         packed[(row.before + 1) % 2], width);
   transpose(k, width, n, features, k_transposed, keys);
@@ -315,9 +334,10 @@ void backward_of(const RowShape& shape, const BackwardRow& row, float* memory) {
                       row.bias == nullptr ? nullptr : row.bias + query * keys, row.allowed);
       const float lse = row.lse[query * row.lse_stride];
       const float shift = lse == -kInfinity ? 0 : lse;
+      const float residual = row.lse_residual[query * row.lse_stride];
       Floats dot = {};
       for (int64_t j = 0; j < allowed_keys; j += kLanes) {
-        at(p_row + j) = exp(at(p_row + j) - shift);
+        at(p_row + j) = exp((at(p_row + j) - shift) - residual);
         dot += at(p_row + j) * at(ds_row + j);
       }
       const float delta = sum_of(dot);

@@ -73,22 +73,49 @@ class PerPosition {
   int64_t stride_ = 0;
 };
 
+// Which positions count; without a mask all.
+class Mask {
+ public:
+  Mask(const std::optional<Tensor>& mask, int64_t positions) {
+    if (!mask) return;
+    STD_TORCH_CHECK(mask->dim() == 1 && mask->size(0) == positions, "mask: expected [", positions,
+                    "]");
+    data_ = mask_bytes(*mask);
+    stride_ = mask->stride(0);
+  }
+
+  bool counts(int64_t position) const { return data_ == nullptr || data_[position * stride_] != 0; }
+
+ private:
+  const uint8_t* data_ = nullptr;
+  int64_t stride_ = 0;
+};
+
+// A row of an lse [2, M]: the log-sum-exps or their residuals.
+std::optional<Tensor> row_of(const std::optional<Tensor>& lse, int64_t row) {
+  if (!lse) return std::nullopt;
+  check_last_sizes(*lse, "lse", {2, -1});
+  return torch::stable::select(*lse, 0, row);
+}
+
 // What is known of the positions after the forward.
 struct Losses {
-  PerPosition<float> loss, z_term, lse;
+  PerPosition<float> loss, z_term, lse, lse_residual;
   PerPosition<int64_t> tokens;
 
   Losses(const Tensor& loss, const Tensor& z_term, const std::optional<Tensor>& lse,
          const std::optional<Tensor>& tokens, int64_t positions)
       : loss(loss, "loss", positions),
         z_term(z_term, "z_term", positions),
-        lse(lse, "lse", positions),
+        lse(row_of(lse, 0), "lse", positions),
+        lse_residual(row_of(lse, 1), "lse", positions),
         tokens(tokens, "tokens", positions) {}
 
   void write(int64_t position, const SoftmaxLoss& result, bool counts, int64_t token) const {
     loss[position] = counts ? result.loss : 0;
     z_term[position] = counts ? result.z_term : 0;
     if (lse) lse[position] = result.lse;
+    if (lse_residual) lse_residual[position] = result.lse_residual;
     if (tokens) tokens[position] = token;
   }
 };
@@ -128,22 +155,23 @@ void color_cross_entropy(const Tensor logits, const Tensor pixels, std::optional
   const int64_t positions = logits.size(0);
   const LogitRows rows(logits);
   const Targets targets(pixels, palette, positions);
-  const PerPosition<bool> counted(mask, "mask", positions);
+  const Mask counted(mask, positions);
   const Losses losses(loss, z_term, lse, tokens, positions);
   for_positions(positions, shape.colors, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> found(end - begin);
     targets.find(begin, end, found.data());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t token = found[i - begin];
-      losses.write(i, kernels.forward(shape, rows[i], token), !counted || counted[i], token);
+      losses.write(i, kernels.forward(shape, rows[i], token), counted.counts(i), token);
     }
   });
 }
 
 // One row's gradient from its lse; zeros where it does not count.
 void differentiate_row(const SoftmaxKernels& kernels, const SoftmaxShape& shape, const void* logits,
-                       int64_t token, float lse, float grad, bool counts, void* dlogits) {
-  if (counts) return kernels.backward(shape, logits, token, lse, grad, dlogits);
+                       int64_t token, float lse, float lse_residual, float grad, bool counts,
+                       void* dlogits) {
+  if (counts) return kernels.backward(shape, logits, token, lse, lse_residual, grad, dlogits);
   const int64_t bytes = shape.colors * (shape.type == ElementType::kFloat32 ? 4 : 2);
   std::fill_n(static_cast<char*>(dlogits), bytes, 0);
 }
@@ -158,13 +186,15 @@ void color_cross_entropy_backward(const Tensor grad, const Tensor logits, const 
                       dlogits.scalar_type() == logits.scalar_type(),
                   "dlogits: expected the shape and dtype of logits");
   const LogitRows rows(logits), gradients(dlogits);
-  const PerPosition<float> upstream(grad, "grad", positions), lses(lse, "lse", positions);
+  const PerPosition<float> upstream(grad, "grad", positions);
+  const PerPosition<float> lses(row_of(lse, 0), "lse", positions);
+  const PerPosition<float> residuals(row_of(lse, 1), "lse", positions);
   const PerPosition<int64_t> found(tokens, "tokens", positions);
-  const PerPosition<bool> counted(mask, "mask", positions);
+  const Mask counted(mask, positions);
   for_positions(positions, shape.colors, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      differentiate_row(kernels, shape, rows[i], found[i], lses[i], upstream[i],
-                        !counted || counted[i], gradients[i]);
+      differentiate_row(kernels, shape, rows[i], found[i], lses[i], residuals[i], upstream[i],
+                        counted.counts(i), gradients[i]);
     }
   });
 }
@@ -231,11 +261,11 @@ struct Linear {
   Tensor copy_of(const Tensor& input, int64_t begin, Tensor copy) const {
     torch::stable::copy_(copy, input);
     if (!mask) return copy;
-    const PerPosition<bool> counted(mask, "mask", hidden.size(0));
+    const Mask counted(mask, hidden.size(0));
     const int64_t features = copy.size(1);
     float* data = copy.mutable_data_ptr<float>();
     for (int64_t i = 0; i < copy.size(0); ++i) {
-      if (!counted[begin + i]) std::fill_n(data + i * features, features, 0.0f);
+      if (!counted.counts(begin + i)) std::fill_n(data + i * features, features, 0.0f);
     }
     return copy;
   }
@@ -263,7 +293,7 @@ void linear_color_cross_entropy(const Tensor hidden, const Tensor weight,
   const SoftmaxKernels& kernels = softmax_kernels();
   const int64_t positions = hidden.size(0);
   const Targets targets(pixels, palette, positions);
-  const PerPosition<bool> counted(mask, "mask", positions);
+  const Mask counted(mask, positions);
   const Losses losses(loss, z_term, lse, tokens, positions);
   const bool differentiates = dhidden || dweight || dbias;
   const Linear linear = {hidden, weight, bias, mask, dhidden, dweight, dbias};
@@ -274,7 +304,7 @@ void linear_color_cross_entropy(const Tensor hidden, const Tensor weight,
       for (int64_t i = begin; i < end; ++i) {
         float* row = logits + i * shape.colors;
         const int64_t token = found[i - begin], position = first + i;
-        const bool counts = !counted || counted[position];
+        const bool counts = counted.counts(position);
         const auto kernel = [&] {
           return differentiates ? kernels.differentiate(shape, row, token)
                                 : kernels.forward(shape, row, token);
@@ -297,16 +327,18 @@ void linear_color_cross_entropy_backward(const Tensor grad, const Tensor hidden,
                               static_cast<float>(label_smoothing), static_cast<float>(z_loss)};
   const SoftmaxKernels& kernels = softmax_kernels();
   const int64_t positions = hidden.size(0);
-  const PerPosition<float> upstream(grad, "grad", positions), lses(lse, "lse", positions);
+  const PerPosition<float> upstream(grad, "grad", positions);
+  const PerPosition<float> lses(row_of(lse, 0), "lse", positions);
+  const PerPosition<float> residuals(row_of(lse, 1), "lse", positions);
   const PerPosition<int64_t> found(tokens, "tokens", positions);
-  const PerPosition<bool> counted(mask, "mask", positions);
+  const Mask counted(mask, positions);
   const Linear linear = {hidden, weight, bias, mask, dhidden, dweight, dbias};
   linear.for_chunks([&](int64_t first, int64_t size, float* logits) {
     for_positions(size, shape.colors, [&](int64_t begin, int64_t end) {
       for (int64_t i = first + begin; i < first + end; ++i) {
         float* row = logits + (i - first) * shape.colors;
-        differentiate_row(kernels, shape, row, found[i], lses[i], upstream[i],
-                          !counted || counted[i], row);
+        differentiate_row(kernels, shape, row, found[i], lses[i], residuals[i], upstream[i],
+                          counted.counts(i), row);
       }
     });
   });

@@ -60,8 +60,8 @@ void find_nearest(const Pixel* pixels, int64_t count, const Real* palette, int64
     }
 
     for (int v = 0; v < VECTORS; ++v) {
-      const auto valid = (red[v] == red[v]) & (green[v] == green[v]) & (blue[v] == blue[v]);
-      index[v] = valid ? index[v] : Indices{} - 1;
+      const auto found = least[v] < static_cast<Real>(__builtin_inf());  // no colour: NaN, infinity
+      index[v] = found ? index[v] : Indices{} - 1;
     }
     for (int i = 0; i < size; ++i) nearest[begin + i] = index[i / kLanes][i % kLanes];
   }

@@ -14,7 +14,8 @@ struct SoftmaxShape {
 };
 
 struct SoftmaxLoss {
-  float loss, z_term, lse;  // the loss has the z-loss part in it
+  float loss, z_term;       // the loss has the z-loss part in it
+  float lse, lse_residual;  // the log-sum-exp, and what its rounding lost
 };
 
 // One instruction set's kernels, on one row each. A token outside 0 to colors - 1 gives NaN.
@@ -22,7 +23,7 @@ struct SoftmaxKernels {
   SoftmaxLoss (*forward)(const SoftmaxShape& shape, const void* logits, int64_t token);
   // `grad` times the gradient of the loss; dlogits may be the logits.
   void (*backward)(const SoftmaxShape& shape, const void* logits, int64_t token, float lse,
-                   float grad, void* dlogits);
+                   float lse_residual, float grad, void* dlogits);
   // Both at once for float32 logits, which the gradient of the loss takes the place of.
   SoftmaxLoss (*differentiate)(const SoftmaxShape& shape, float* logits, int64_t token);
   // Adds rows [count, colors] to columns begin to end of sums [colors].

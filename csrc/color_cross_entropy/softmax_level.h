@@ -43,10 +43,11 @@ bool is_color(const SoftmaxShape& shape, int64_t token) {
 SoftmaxLoss loss_of(const SoftmaxShape& shape, float maximum, float total, float shifted,
                     float target) {
   const float smoothing = shape.label_smoothing, log_total = __builtin_logf(total);
-  const float lse = maximum + log_total, z_term = shape.z_loss * lse * lse;
+  const float lse = maximum + log_total, residual = (maximum - lse) + log_total;
+  const float z_term = shape.z_loss * lse * lse;  // not the square, which may be infinite
   float loss = log_total - (1 - smoothing) * (target - maximum) + z_term;
   if (smoothing != 0) loss -= smoothing / static_cast<float>(shape.colors) * shifted;
-  return {loss, z_term, lse};
+  return {loss, z_term, lse, is_finite(residual) ? residual : 0};
 }
 
 template <typename Type>
@@ -64,14 +65,14 @@ SoftmaxLoss forward_of(const SoftmaxShape& shape, const void* row, int64_t token
 }
 
 template <typename Type>
-void backward_of(const SoftmaxShape& shape, const void* row, int64_t token, float lse, float grad,
-                 void* out) {
+void backward_of(const SoftmaxShape& shape, const void* row, int64_t token, float lse,
+                 float lse_residual, float grad, void* out) {
   const auto* logits = static_cast<const typename Type::Element*>(row);
   auto* dlogits = static_cast<typename Type::Element*>(out);
   if (!is_color(shape, token)) grad = __builtin_nanf("");
   const float factor = grad * (1 + 2 * shape.z_loss * lse);
   const float evenly = grad * shape.label_smoothing / static_cast<float>(shape.colors);
-  const auto gradient = [=](Floats x) { return exp(x - lse) * factor - evenly; };
+  const auto gradient = [=](Floats x) { return exp((x - lse) - lse_residual) * factor - evenly; };
   const int64_t place = is_color(shape, token) ? token : 0;
   const Floats of_target =
       gradient(Floats{} + logit<Type>(logits, place)) - grad * (1 - shape.label_smoothing);
@@ -126,15 +127,15 @@ SoftmaxLoss forward(const SoftmaxShape& shape, const void* logits, int64_t token
   __builtin_unreachable();
 }
 
-void backward(const SoftmaxShape& shape, const void* logits, int64_t token, float lse, float grad,
-              void* dlogits) {
+void backward(const SoftmaxShape& shape, const void* logits, int64_t token, float lse,
+              float lse_residual, float grad, void* dlogits) {
   switch (shape.type) {
     case ElementType::kFloat32:
-      return backward_of<Float32>(shape, logits, token, lse, grad, dlogits);
+      return backward_of<Float32>(shape, logits, token, lse, lse_residual, grad, dlogits);
     case ElementType::kFloat16:
-      return backward_of<Float16>(shape, logits, token, lse, grad, dlogits);
+      return backward_of<Float16>(shape, logits, token, lse, lse_residual, grad, dlogits);
     case ElementType::kBFloat16:
-      return backward_of<BFloat16>(shape, logits, token, lse, grad, dlogits);
+      return backward_of<BFloat16>(shape, logits, token, lse, lse_residual, grad, dlogits);
   }
 }
 

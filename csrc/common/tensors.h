@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdint>
 #include <initializer_list>
 
 #include "common/element_type.h"
@@ -34,6 +35,13 @@ inline void check_same_device(const torch::stable::Tensor& tensor, const char* n
                               const torch::stable::Tensor& other) {
   STD_TORCH_CHECK(tensor.device() == other.device(), name,
                   ": expected the device of the other tensors");
+}
+
+// A mask's bytes, of which any that is not 0 stands for true: C++ knows bools of 0 and 1 alone.
+inline const uint8_t* mask_bytes(const torch::stable::Tensor& mask) {
+  STD_TORCH_CHECK(mask.scalar_type() == torch::headeronly::ScalarType::Bool,
+                  "mask: expected a tensor of dtype bool");
+  return static_cast<const uint8_t*>(mask.const_data_ptr());
 }
 
 inline ElementType element_type(const torch::stable::Tensor& tensor, const char* name) {

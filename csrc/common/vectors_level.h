@@ -21,6 +21,8 @@ typedef uint16_t LooseHalves __attribute__((vector_size(VECTOR_BYTES / 2), align
 constexpr int kLanes = VECTOR_BYTES / sizeof(float);
 constexpr float kInfinity = __builtin_inff();
 
+inline bool is_finite(float x) { return x - x == 0; }
+
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t whole_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
@@ -63,7 +65,8 @@ Floats exp(Floats x) {
   p = p * r + 0.1666652f;
   p = p * r + 0.49999994f;
   const Floats e = (p * r) * r + r + 1.0f;
-  const Floats power = (Floats)(((Ints)shifted - (Ints)(Floats{} + kRound) + 127) << 23);
+  // In words, which may overflow, as they do where x is large or NaN and e is as well.
+  const Floats power = (Floats)(((Words)shifted - (Words)(Floats{} + kRound) + 127) << 23);
   return x < -87.3f ? Floats{} : e * power;
 }
 

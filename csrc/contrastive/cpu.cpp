@@ -195,6 +195,13 @@ struct Sums {
   }
   double lse(int64_t row) const { return maximum[row] + std::log(double{sum[row]}); }
 
+  // To [2, count]: rounded, and what that lost.
+  void write_lse(int64_t row, float* to) const {
+    const double exact = lse(row);
+    const float rounded = to[row] = static_cast<float>(exact);
+    to[maximum.size() + row] = std::isfinite(exact) ? static_cast<float>(exact - rounded) : 0;
+  }
+
   std::vector<float> maximum, sum, positive;
 };
 
@@ -215,8 +222,7 @@ void forward(const Tensor z0, std::optional<Tensor> z1, std::optional<Tensor> ne
   float *to_losses = losses.mutable_data_ptr<float>(), *to_lse = lse.mutable_data_ptr<float>();
   for (int64_t i = 0; i < batch.count(); ++i) {
     const double exact = sums.lse(i), part = shares == nullptr ? 1 : shares[i];
-    to_lse[i] = static_cast<float>(exact);
-    to_lse[batch.count() + i] = std::isfinite(exact) ? static_cast<float>(exact - to_lse[i]) : 0;
+    sums.write_lse(i, to_lse);
     to_losses[i] = part == 0 ? 0 : static_cast<float>(exact - sums.positive[i] * part);
   }
 }
@@ -298,7 +304,7 @@ void backward(const Tensor grad, const Tensor z0, std::optional<Tensor> z1,
   const auto side = [&](const Block& block, bool takes_part) {
     Side side = batch.side(block);
     side.lse = lse.const_data_ptr<float>() + block.begin;
-    side.lse_rest = side.lse + batch.count();
+    side.lse_residual = side.lse + batch.count();
     side.pull = &pull[block.begin];
     side.push = &push[block.begin];
     side.gradient = takes_part ? gradients.sums(block.begin) : nullptr;
@@ -406,9 +412,7 @@ void block_lse(const Tensor rows, const Tensor columns, std::optional<Tensor> sc
       },
       [](const Block&, Side&) {},
       [&](const Block& block, const Side&) {
-        for (int64_t i = block.begin; i < block.begin + block.count; ++i) {
-          to[i] = static_cast<float>(sums.lse(i));
-        }
+        for (int64_t i = block.begin; i < block.begin + block.count; ++i) sums.write_lse(i, to);
       });
 }
 
@@ -425,6 +429,7 @@ void block_gradient(const Tensor rows, const Tensor row_lse, const Tensor row_gr
       tile_kernels().backward,
       [&](const Block& block, Side& side) {
         side.lse = row_lse.const_data_ptr<float>() + block.begin;
+        side.lse_residual = side.lse + rows.size(0);
         side.pull = row_grad.const_data_ptr<float>() + block.begin;
         side.gradient = out + block.begin * features;
         std::fill_n(side.gradient, block.count * features, 0.0f);
@@ -432,6 +437,7 @@ void block_gradient(const Tensor rows, const Tensor row_lse, const Tensor row_gr
       [&](const Block& block, Side& side) {
         if (!column_lse || !column_grad) return;
         side.lse = column_lse->const_data_ptr<float>() + block.begin;
+        side.lse_residual = side.lse + columns.size(0);
         side.pull = column_grad->const_data_ptr<float>() + block.begin;
       },
       [&](const Block& block, const Side& side) {

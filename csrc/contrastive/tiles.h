@@ -38,7 +38,7 @@ struct Side {
 
   // Backward: log-sum-exps and, unless null, what their rounding lost; the weights of
   // exp(score - lse) and of the positives; Σ_k W_ik z_k, in [count, features].
-  const float *lse, *lse_rest, *pull, *push;
+  const float *lse, *lse_residual, *pull, *push;
   float* gradient;
 };
 

@@ -95,20 +95,6 @@ struct Memory {
 
 int64_t tile_scratch(const TileShape& shape) { return (shape.features + kMostAnchors + 4) * kLine; }
 
-void find_scores(const TileShape& shape, const Side& rows, const Side& columns,
-                 const Memory& memory) {
-  const int64_t lanes = whole_vectors(rows.count);
-  transpose(rows.z, shape.width, rows.count, shape.features, memory.transposed, kLine);
-  for (int64_t d = 0; d < shape.features; ++d) {
-    for (int64_t i = 0; i < lanes; i += kLanes)
-      at(memory.transposed + d * kLine + i) *= shape.scale;
-  }
-  for (int64_t d = 0; d < shape.features; d += kDepth) {
-    multiply({columns.z + d, shape.width, 1}, memory.transposed + d * kLine, kLine, columns.count,
-             least(kDepth, shape.features - d), lanes, Packed{memory.scores, kLine, d > 0});
-  }
-}
-
 // Calls a function for each vector of scores, with the column, the first row and the score.
 template <typename Function>
 ALWAYS_INLINE void for_scores(const Side& rows, const Side& columns, float* scores,
@@ -116,6 +102,18 @@ ALWAYS_INLINE void for_scores(const Side& rows, const Side& columns, float* scor
   for (int64_t k = 0; k < columns.count; ++k) {
     for (int64_t i = 0; i < rows.count; i += kLanes) function(k, i, at(scores + k * kLine + i));
   }
+}
+
+void find_scores(const TileShape& shape, const Side& rows, const Side& columns,
+                 const Memory& memory) {
+  const int64_t lanes = whole_vectors(rows.count);
+  transpose(rows.z, shape.width, rows.count, shape.features, memory.transposed, kLine);
+  for (int64_t d = 0; d < shape.features; d += kDepth) {
+    multiply({columns.z + d, shape.width, 1}, memory.transposed + d * kLine, kLine, columns.count,
+             least(kDepth, shape.features - d), lanes, Packed{memory.scores, kLine, d > 0});
+  }
+  // Not one of the factors: the score of k and i is to be that of i and k, to the last bit.
+  for_scores(rows, columns, memory.scores, [&](int64_t, int64_t, Floats& s) { s *= shape.scale; });
 }
 
 // Lanes of a column's vector of rows that are of its class, as a mask.
@@ -259,7 +257,7 @@ void complete_weights(const TileShape& shape, const Side& rows, const Side& colu
 ALWAYS_INLINE Floats probability(const Side& side, int64_t i, Floats score) {
   const int64_t left = side.count - i;
   Floats difference = score - load(side.lse + i, left);
-  if (side.lse_rest != nullptr) difference -= load(side.lse_rest + i, left);
+  if (side.lse_residual != nullptr) difference -= load(side.lse_residual + i, left);
   return exp(difference);
 }
 
@@ -293,7 +291,7 @@ void weigh(const Side& rows, const Side& columns, const Memory& memory) {
   for_scores(rows, columns, memory.scores, [&](int64_t k, int64_t i, Floats& s) {
     Floats w = load(rows.pull + i, rows.count - i) * probability(rows, i, s);
     if (both) {
-      const float rest = columns.lse_rest == nullptr ? 0 : columns.lse_rest[k];
+      const float rest = columns.lse_residual == nullptr ? 0 : columns.lse_residual[k];
       w += columns.pull[k] * exp((s - columns.lse[k]) - rest);
     }
     s = w;

@@ -9,7 +9,7 @@ from torch import Tensor
 from gcrl_kernels import checks
 from gcrl_kernels.axial_attention import ops
 from gcrl_kernels.backends import choose
-from gcrl_kernels.operators import autocast
+from gcrl_kernels.operators import autocast, check_reverse_mode
 
 __all__ = ["axial_attention", "axial_attention_packed"]
 
@@ -40,14 +40,16 @@ def axial_attention(
         scale: of the scores, finite; 1/sqrt(D) by default.
         bias: [heads, N, N], floating point, added to the scaled scores; it may require a gradient.
         mask: bool [B, *grid]; True may be attended to. A query with nothing to attend to gives
-            zeros.
+            zeros. What k and v hold where it is False, NaN and infinity too, reaches nobody. (With
+            `causal` alone a later position's NaN or infinity in v may reach earlier ones.)
         return_lse: also return each query's log-sum-exp of the scores, in nats, without a gradient.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the tensors'
             device.
 
     Returns:
         [B, *grid, heads, D], contiguous, in q's dtype (autocast's, where it is on); with
-        return_lse also float32 [B, *grid, heads].
+        return_lse also float32 [B, *grid, heads]. Scores are float32 (float64 for float64 inputs):
+        a row with one beyond 3.4e38 is NaN.
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device than stated.
@@ -61,12 +63,14 @@ def axial_attention(
         )
     for name, tensor in (("k", k), ("v", v)):
         checks.check_shape(name, tensor, q.shape, "of q")
-        checks.check_same_dtype(name, tensor, "q", q)
         checks.check_same_device(name, tensor, "q", q)
-    options = _check_options(q, axis, causal, scale, bias, mask, return_lse)
     q, k, v = autocast(q, k, v)
-    out, lse = ops.forward(q, k, v, *options, _choose(backend, q, axis))
-    return (out, lse.float()) if return_lse else out
+    for name, tensor in (("k", k), ("v", v)):
+        checks.check_same_dtype(name, tensor, "q", q)
+    options = _check_options(q, axis, causal, scale, bias, mask, return_lse)
+    check_reverse_mode("axial_attention", q, k, v, bias)
+    out, lse = ops.attend(q, k, v, *options, _choose(backend, q, axis))
+    return (out, lse[0].float()) if return_lse else out
 
 
 def axial_attention_packed(
@@ -91,8 +95,9 @@ def axial_attention_packed(
         raise checks.value_error("qkv", layout, checks.shape(qkv))
     options = _check_options(qkv.select(-3, 0), axis, causal, scale, bias, mask, return_lse)
     (qkv,) = autocast(qkv)
-    out, lse = ops.packed_forward(qkv, *options, _choose(backend, qkv.select(-3, 0), axis))
-    return (out, lse.float()) if return_lse else out
+    check_reverse_mode("axial_attention_packed", qkv, bias)
+    out, lse = ops.attend_packed(qkv, *options, _choose(backend, qkv.select(-3, 0), axis))
+    return (out, lse[0].float()) if return_lse else out
 
 
 def _choose(backend: str | None, q: Tensor, axis: int) -> str:
@@ -113,7 +118,7 @@ def _check_options(
 ) -> tuple[Any, ...]:
     """The operators' options: bias, mask, axis (not negative), causal, scale."""
     grid, heads, features = q.shape[1:-2], q.shape[-2], q.shape[-1]
-    checks.check_integer("axis", axis)
+    axis = checks.integer("axis", axis)
     if not -len(grid) <= axis < len(grid):
         raise checks.value_error("axis", f"{-len(grid)} to {len(grid) - 1} for this grid", axis)
     axis %= len(grid)
@@ -121,9 +126,7 @@ def _check_options(
     checks.check_flag("return_lse", return_lse)
     if features == 0:
         raise checks.value_error("q", "at least one feature a head", checks.shape(q))
-    if scale is None:
-        scale = features**-0.5
-    checks.check_number("scale", scale)
+    scale = checks.number("scale", features**-0.5 if scale is None else scale)
     if bias is not None:
         checks.check_floating("bias", bias)
         checks.check_shape("bias", bias, (heads, grid[axis], grid[axis]), "[heads, N, N]")
@@ -132,4 +135,4 @@ def _check_options(
         checks.check_bool("mask", mask)
         checks.check_shape("mask", mask, q.shape[:-2], "[B, *grid]")
         checks.check_same_device("mask", mask, "q", q)
-    return bias, mask, axis, causal, float(scale)
+    return bias, mask, axis, causal, scale

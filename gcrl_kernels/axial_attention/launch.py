@@ -6,7 +6,8 @@ Such a kernel has two functions, the same for every backend:
     backward(grad, q, k, v, out, lse, bias, mask, axis, causal, scale, dq, dk, dv, dbias)
 
 All tensors but the mask have a last stride of 1; bias and dbias are float32 [heads, N, N],
-contiguous, lse is float32 and contiguous, dbias is None where nobody asks for it.
+contiguous, lse is float32 [2, B, *grid, heads], contiguous: the log-sum-exps, then what their
+rounding to float32 lost, 0 where one is not finite. dbias is None where nobody asks for it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def implementation(kernel_forward: Kernel, kernel_backward: Kernel) -> Implement
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *options: Any
     ) -> tuple[Tensor, Tensor]:
         out = q.new_empty(q.shape)
-        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        lse = q.new_empty((2, *q.shape[:-1]), dtype=torch.float32)
         q, k, v = (_readable(tensor) for tensor in (q, k, v))
         kernel_forward(q, k, v, _plain(bias), *options, out, lse)
         return out, lse

@@ -1,5 +1,7 @@
 """The operators of axial attention: schemas, shapes and gradients.
 
+Beside its output a forward returns [2, B, *grid, heads]: each query's log-sum-exp, and what its
+rounding lost.
 `axial_attention` has q, k and v apart; `axial_attention_packed` has them in one tensor, and its
 gradient is one tensor too.
 """
@@ -19,7 +21,13 @@ from gcrl_kernels.axial_attention.launch import (
     implementation,
     of_tensors_apart,
 )
-from gcrl_kernels.operators import accumulation_dtype, define, differentiate, once_differentiable
+from gcrl_kernels.operators import (
+    accumulation_dtype,
+    define,
+    differentiate,
+    is_transformed,
+    once_differentiable,
+)
 
 _OPTIONS = "Tensor? bias, Tensor? mask, int axis, bool causal, float scale"
 
@@ -71,7 +79,7 @@ def cannot(backend: str, length: int, features: int, dtype: torch.dtype) -> str 
 def _forward_shapes(q: Tensor) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
-        q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype)),
+        q.new_empty((2, *q.shape[:-1]), dtype=accumulation_dtype(q.dtype)),
     )
 
 
@@ -123,28 +131,25 @@ def _save(inputs_before_bias: int) -> Any:
     return setup_context
 
 
-def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor | None, operator: Any) -> Any:
-    bias = ctx.saved_tensors[-2]
-    *gradients, dbias = operator(
-        grad,
-        *ctx.saved_tensors,
-        *ctx.options,
-        bias is not None and ctx.needs_input_grad[len(ctx.saved_tensors) - 4],
-        ctx.backend,
-    )
+def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor | None, gradient: Any) -> Any:
+    saved = ctx.saved_tensors  # once: activation checkpointing hands them out once
+    # Within a transform of torch.func an outer one may need what needs_input_grad does not show.
+    wanted = is_transformed() or ctx.needs_input_grad[len(saved) - 4]
+    bias_needs_grad = saved[-2] is not None and wanted
+    *gradients, dbias = gradient(grad, *saved, *ctx.options, bias_needs_grad, ctx.backend)
     # bias, then mask, axis, causal, scale and backend
-    return *gradients, dbias if bias is not None else None, None, None, None, None, None
+    return *gradients, dbias if saved[-2] is not None else None, None, None, None, None, None
 
 
 def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> Any:
-    return _differentiate(ctx, grad, grad_lse, backward)
+    return _differentiate(ctx, grad, grad_lse, _gradient)
 
 
-def _packed_backward_of(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> Any:
-    return _differentiate(ctx, grad, grad_lse, packed_backward)
+def _packed_backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> Any:
+    return _differentiate(ctx, grad, grad_lse, _packed_gradient)
 
 
-differentiate(forward, _save(3), _backward)
-differentiate(packed_forward, _save(1), _packed_backward_of)
-once_differentiable(backward, "axial_attention")
-once_differentiable(packed_backward, "axial_attention_packed")
+attend = differentiate(forward, _save(3), _backward, "axial_attention")
+attend_packed = differentiate(packed_forward, _save(1), _packed_backward, "axial_attention_packed")
+_gradient = once_differentiable(backward, "axial_attention")
+_packed_gradient = once_differentiable(packed_backward, "axial_attention_packed")

@@ -19,7 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gcrl_kernels.operators import accumulation_dtype
+from gcrl_kernels.operators import accumulation_dtype, as_bool
+from gcrl_kernels.softmax import exponentials, log_sum_exp, softmax
 
 
 def forward(
@@ -32,12 +33,19 @@ def forward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The output [B, *grid, heads, D], and each query's log-sum-exp [B, *grid, heads]."""
+    """The output [B, *grid, heads, D], and [2, B, *grid, heads] of each query.
+
+    That is its log-sum-exp, and what rounding lost of it, which kernels need in backward.
+    """
+    mask = None if mask is None else as_bool(mask)
     dtype = accumulation_dtype(q.dtype)
-    scores = _scores(_rows(q, axis, dtype), _rows(k, axis, dtype), bias, mask, axis, causal, scale)
-    lse = scores.logsumexp(-1)  # [B, *rest, heads, N]
-    out = _probabilities(scores, lse) @ _rows(v, axis, dtype)
-    return _grid(out, axis, q.dtype), lse.movedim(-1, 1 + axis).contiguous()
+    keys, values = (_rows(without_masked(t, mask), axis, dtype) for t in (k, v))
+    scores = _scores(_rows(q, axis, dtype), keys, bias, mask, axis, causal, scale)
+    numerators, maximum = exponentials(scores)
+    total = numerators.sum(-1)  # [B, *rest, heads, N]
+    out = (numerators @ values).div_(torch.where(total == 0, 1.0, total)[..., None])
+    lse = log_sum_exp(maximum, total)
+    return _grid(out, axis, q.dtype), lse.movedim(-1, 2 + axis).contiguous()
 
 
 def backward(
@@ -46,7 +54,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,  # [B, *grid, heads]
+    lse: Tensor,  # [2, B, *grid, heads], which the softmax here does without
     bias: Tensor | None,
     mask: Tensor | None,
     axis: int,
@@ -55,10 +63,11 @@ def backward(
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv [B, *grid, heads, D] and dbias [heads, N, N] (empty where it is not asked for)."""
+    mask = None if mask is None else as_bool(mask)
     dtype = accumulation_dtype(q.dtype)
-    q_rows, k_rows, v_rows, grad_rows = (_rows(t, axis, dtype) for t in (q, k, v, grad))
-    scores = _scores(q_rows, k_rows, bias, mask, axis, causal, scale)
-    p = _probabilities(scores, lse.movedim(1 + axis, -1))  # [B, *rest, heads, N, N]
+    inputs = (q, without_masked(k, mask), without_masked(v, mask), grad)
+    q_rows, k_rows, v_rows, grad_rows = (_rows(t, axis, dtype) for t in inputs)
+    p = softmax(_scores(q_rows, k_rows, bias, mask, axis, causal, scale))
     dv = p.mT @ grad_rows
     dp = grad_rows @ v_rows.mT
     ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p)
@@ -103,6 +112,6 @@ def _scores(
     return scores
 
 
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """softmax(scores), in their place; zeros for a query with no key, whose lse is -inf."""
-    return scores.sub_(lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp_()
+def without_masked(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """Keys or values with zeros where they are masked: zero times what is not finite is NaN."""
+    return tensor if mask is None else tensor.masked_fill(~mask[..., None, None], 0.0)

@@ -11,7 +11,7 @@ from gcrl_kernels import checks
 from gcrl_kernels.backends import choose
 from gcrl_kernels.color_cross_entropy import ops
 from gcrl_kernels.color_cross_entropy.palette import check_pixels, fit_palette
-from gcrl_kernels.operators import autocast
+from gcrl_kernels.operators import autocast, check_reverse_mode, is_transformed
 
 __all__ = ["color_cross_entropy", "fit_palette", "linear_color_cross_entropy", "quantize_colors"]
 
@@ -26,8 +26,9 @@ def quantize_colors(pixels: Tensor, palette: Tensor, *, backend: str | None = No
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the pixels' device.
 
     Returns:
-        int64 [...], 0 to K - 1: the lowest index where several are nearest, -1 for a pixel with a
-        NaN. A NaN colour is never the nearest.
+        int64 [...], 0 to K - 1: the lowest index where several are nearest. -1 for a pixel that has
+        no colour at a finite distance: one with a NaN or an infinity, and in float32 one that is
+        about 1.8e19 from every colour, whose square overflows. A NaN colour is never the nearest.
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device than stated.
@@ -84,16 +85,17 @@ def color_cross_entropy(
         )
     checks.check_flag("inplace_backward", inplace_backward)
     _check_targets(logits.shape[:-1], logits.shape[-1], "logits", logits, pixels, palette, mask)
-    _check_loss_options(reduction, label_smoothing, z_loss, return_z_loss)
+    label_smoothing, z_loss = _check_loss_options(reduction, label_smoothing, z_loss, return_z_loss)
     (logits,) = autocast(logits)
-    loss, z_term, *_ = ops.color_cross_entropy(
+    check_reverse_mode("color_cross_entropy", logits)
+    loss, z_term, *_ = ops.differentiable(
         logits,
         pixels,
         palette,
         mask,
         reduction,
-        float(label_smoothing),
-        float(z_loss),
+        label_smoothing,
+        z_loss,
         inplace_backward,
         _choose("color_cross_entropy", backend, logits, logits.shape[-1]),
     )
@@ -126,8 +128,10 @@ def linear_color_cross_entropy(
     """
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         checks.check_floating(name, tensor)
-    if hidden.dim() == 0:
-        raise checks.value_error("hidden", "[..., C]", checks.shape(hidden))
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise checks.value_error(
+            "hidden", "[..., C] with at least one feature", checks.shape(hidden)
+        )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise checks.value_error("weight", f"[K, C = {hidden.shape[-1]}]", checks.shape(weight))
     checks.check_same_device("weight", weight, "hidden", hidden)
@@ -136,15 +140,17 @@ def linear_color_cross_entropy(
         checks.check_shape("bias", bias, weight.shape[:1], "[K]")
         checks.check_same_device("bias", bias, "hidden", hidden)
     _check_targets(hidden.shape[:-1], weight.shape[0], "hidden", hidden, pixels, palette, mask)
-    _check_loss_options(reduction, label_smoothing, z_loss, return_z_loss)
+    label_smoothing, z_loss = _check_loss_options(reduction, label_smoothing, z_loss, return_z_loss)
     parameters = (hidden, weight) if bias is None else (hidden, weight, bias)
     hidden, weight, *rest = autocast(*parameters)
     bias = rest[0] if rest else None
     checks.check_same_dtype("weight", weight, "hidden", hidden)
     if bias is not None:
         checks.check_same_dtype("bias", bias, "hidden", hidden)
+    transformed = is_transformed()
     forward_differentiates = torch.is_grad_enabled() and reduction != "none"
-    loss, z_term, *_ = ops.linear_color_cross_entropy(
+    check_reverse_mode("linear_color_cross_entropy", hidden, weight, bias)
+    loss, z_term, *_ = ops.linear_differentiable(
         hidden,
         weight,
         bias,
@@ -152,10 +158,15 @@ def linear_color_cross_entropy(
         palette,
         mask,
         reduction,
-        float(label_smoothing),
-        float(z_loss),
+        label_smoothing,
+        z_loss,
         [
-            forward_differentiates and tensor is not None and tensor.requires_grad
+            # A transform of torch.func may not show that a tensor inside it requires a gradient.
+            int(
+                forward_differentiates
+                and tensor is not None
+                and (transformed or tensor.requires_grad)
+            )
             for tensor in (hidden, weight, bias)
         ],
         True,  # nobody else sees the gradients that the forward makes
@@ -214,10 +225,12 @@ def _check_targets(
 
 def _check_loss_options(
     reduction: str, label_smoothing: float, z_loss: float, return_z_loss: bool
-) -> None:
+) -> tuple[float, float]:
+    """The two numbers, as Python's."""
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
-    checks.check_number("label_smoothing", label_smoothing)
+    label_smoothing = checks.number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise checks.value_error("label_smoothing", "0 to 1", label_smoothing)
-    checks.check_at_least("z_loss", z_loss, 0)
+    z_loss = checks.at_least("z_loss", checks.number("z_loss", z_loss), 0)
     checks.check_flag("return_z_loss", return_z_loss)
+    return label_smoothing, z_loss

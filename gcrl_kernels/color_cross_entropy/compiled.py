@@ -34,7 +34,8 @@ class Compiled:
     def _forward(
         self, logits: Tensor, pixels: Tensor, palette: Tensor | None, *options: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loss, z_term, lse = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
+        loss, z_term = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+        lse = logits.new_empty((2, len(logits)), dtype=torch.float32)
         tokens = logits.new_empty(len(logits), dtype=torch.int64)
         results = loss, z_term, lse, tokens
         targets = as_targets(pixels, palette)
@@ -59,7 +60,7 @@ class Compiled:
     ) -> tuple[Tensor, ...]:
         loss, z_term = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
         kept = len(hidden) if keep else 0
-        lse = hidden.new_empty(kept, dtype=torch.float32)
+        lse = hidden.new_empty((2, kept), dtype=torch.float32)
         tokens = hidden.new_empty(kept, dtype=torch.int64)
         gradients = _new_gradients(hidden, weight, needs_sum_grad)
         self.library.linear_color_cross_entropy(

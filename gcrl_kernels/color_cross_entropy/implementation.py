@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 class Implementation(NamedTuple):
-    """Four functions. Losses and lse are [M], in the accumulation dtype, tokens int64 [M].
+    """Four functions. Losses are [M] and lse is [2, M], contiguous: the log-sum-exps, then what
+    their rounding lost; both in the accumulation dtype. Tokens are int64 [M].
 
     The targets are pixels [M, 3] and a palette [K, 3], or tokens [M] of any integers and None;
     masks are bool [M] or None. Inputs have any strides, results are contiguous.
@@ -21,8 +22,9 @@ class Implementation(NamedTuple):
         linear_forward(hidden [M, C], weight [K, C], bias [K] or None, pixels, palette, mask,
                        label_smoothing, z_loss, keep, needs_sum_grad)
             -> loss, its z-loss part, lse, tokens, dhidden, dweight, dbias
-            lse and tokens are [0] unless `keep`; the gradients are of the losses' sum, in hidden's
-            dtype, then in the accumulation dtype twice; each is [0] unless needs_sum_grad has it
+            lse is [2, 0] and tokens [0] unless `keep`; the gradients are of the losses' sum, in
+            hidden's dtype, then in the accumulation dtype twice; each is [0] unless
+            needs_sum_grad has it
         linear_backward(grad [M], hidden, weight, bias, tokens, mask, lse, label_smoothing, z_loss,
                         needs_grad)
             -> dhidden, dweight, dbias, likewise

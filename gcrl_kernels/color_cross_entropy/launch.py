@@ -6,11 +6,12 @@ Such kernels are two functions, the same for every backend:
             loss, z_term, lse, tokens, gradient)
     backward(grad, logits, tokens, mask, lse, label_smoothing, z_loss, gradient)
 
-pixels are [M, 3], or without a palette tokens [M]; mask is bool [M]; loss, z_term, lse and grad are
-float32 [M], tokens int64 [M]. `gradient` is that of the *sum* of the losses, or of
-their sum weighted by grad, [M, K] as the logits, and may be the logits themselves. lse, tokens and
-gradient may be None, and are not written then. Logits, gradient and grad have any strides, the
-others are contiguous.
+pixels are [M, 3], or without a palette tokens [M]; mask is bool [M]; loss, z_term and grad are
+float32 [M], lse is float32 [2, M], the log-sum-exps and what their rounding lost, tokens int64 [M].
+`gradient` is that of the *sum* of the losses, or of their sum weighted by grad, [M, K] as the
+logits, and may be the logits themselves. lse, tokens and gradient may be None, and are not written
+then. Logits, gradient and grad have any strides, and so has lse from its first row to its second;
+the others are contiguous.
 
 The linear form goes over chunks of positions, whose logits, and then the logits' gradients, lie in
 one buffer between the products of the linear algebra that PyTorch has: small enough for a GPU's L2
@@ -55,7 +56,8 @@ def implementation(
     def forward(
         logits: Tensor, pixels: Tensor, palette: Tensor | None, mask: Tensor | None, *options: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loss, z_term, lse = (_new_floats(logits) for _ in range(3))
+        loss, z_term = (_new_floats(logits) for _ in range(2))
+        lse = logits.new_empty((2, len(logits)), dtype=torch.float32)
         tokens = logits.new_empty(len(logits), dtype=torch.int64)
         outputs = loss, z_term, lse, tokens
         targets = pixels.contiguous(), palette, _contiguous(mask)
@@ -80,7 +82,7 @@ def implementation(
         needs_sum_grad: Sequence[bool],
     ) -> tuple[Tensor, ...]:
         chunks = _Chunks(hidden, weight, bias, _contiguous(mask), needs_sum_grad)
-        lse = _new_floats(hidden) if keep else None
+        lse = hidden.new_empty((2, len(hidden) if keep else 0), dtype=torch.float32)
         losses, z_terms = [], []
         for whole in _parts(len(hidden), len(hidden) if keep else MOST_POSITIONS):
             tokens = _tokens(pixels[whole], palette, quantize_colors)
@@ -96,13 +98,13 @@ def implementation(
                     z_loss,
                     loss[here],
                     z_term[here],
-                    None if lse is None else lse[part],
+                    lse[:, part] if keep else None,
                     None,
                     logits if any(needs_sum_grad) else None,
                 )
             losses.append(loss if keep else loss.sum()[None])
             z_terms.append(z_term if keep else z_term.sum()[None])
-        kept = (loss[:0], tokens[:0]) if lse is None else (lse, tokens)
+        kept = lse, tokens if keep else tokens[:0]
         return torch.cat(losses), torch.cat(z_terms), *kept, *chunks.gradients
 
     def linear_backward(
@@ -120,7 +122,7 @@ def implementation(
         """The logits are computed anew."""
         chunks = _Chunks(hidden, weight, bias, _contiguous(mask), needs_grad)
         for part, logits, part_mask in chunks.of(slice(0, len(hidden))):
-            of_part = tokens[part], part_mask, lse[part]
+            of_part = tokens[part], part_mask, lse[:, part]
             kernel_backward(grad[part], logits, *of_part, label_smoothing, z_loss, logits)
         return chunks.gradients
 

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from gcrl_kernels.color_cross_entropy import compiled, launch, reference
 from gcrl_kernels.color_cross_entropy.implementation import Implementation
-from gcrl_kernels.operators import accumulation_dtype, define, differentiate, once_differentiable
+from gcrl_kernels.operators import (
+    accumulation_dtype,
+    as_bool,
+    define,
+    differentiate,
+    is_transformed,
+    once_differentiable,
+)
 
 _OPTIONS = "str reduction, float label_smoothing, float z_loss"
 
@@ -79,7 +86,11 @@ def _positions(tensor: Tensor) -> Tensor:
 def _targets(pixels: Tensor, palette: Tensor | None, mask: Tensor | None) -> tuple[Any, ...]:
     """Pixels [M, 3], or tokens [M] where there is no palette; the palette; the mask [M]."""
     flat = pixels.flatten() if palette is None else _positions(pixels)
-    return flat, palette, None if mask is None else mask.flatten()
+    return flat, palette, _flat(mask)
+
+
+def _flat(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else as_bool(mask).flatten()
 
 
 def _reduce(
@@ -91,7 +102,9 @@ def _reduce(
     loss, z_term = loss.sum(), z_term.sum()
     if reduction == "sum":
         return loss, z_term, loss.new_ones(())
-    count = loss.new_tensor(float(prod(shape))) if mask is None else mask.sum().to(loss.dtype)
+    count = (
+        loss.new_tensor(float(prod(shape))) if mask is None else as_bool(mask).sum().to(loss.dtype)
+    )
     return loss / count, z_term / count, count
 
 
@@ -142,10 +155,10 @@ def _write_gradient(
     *options: float,
 ) -> None:
     implementation.backward(
-        _scale(grad, count).flatten().expand(len(lse)),
+        _scale(grad, count).flatten().expand(lse.shape[1]),
         _positions(logits),
         tokens,
-        None if mask is None else mask.flatten(),
+        _flat(mask),
         lse,
         *options,
         _positions(gradient),
@@ -208,7 +221,7 @@ def _linear_backward(implementation: Implementation) -> Callable[..., Any]:
             weight,
             bias,
             tokens,
-            None if mask is None else mask.flatten(),
+            _flat(mask),
             lse,
             label_smoothing,
             z_loss,
@@ -247,7 +260,7 @@ def _loss_shapes(hidden: Tensor, reduction: str, keep: bool) -> tuple[Tensor, ..
         hidden.new_empty(reduced, dtype=dtype),
         hidden.new_empty(reduced, dtype=dtype),
         hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(kept, dtype=dtype),
+        hidden.new_empty((2, kept), dtype=dtype),
         hidden.new_empty(kept, dtype=torch.int64),
     )
 
@@ -308,7 +321,7 @@ _color_backward_in_place = define(
 )
 linear_color_cross_entropy = define(
     "linear_color_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor pixels, "
-    f"Tensor? palette, Tensor? mask, {_OPTIONS}, bool[] needs_sum_grad, bool inplace_backward, "
+    f"Tensor? palette, Tensor? mask, {_OPTIONS}, int[] needs_sum_grad, bool inplace_backward, "
     "str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _for_each(_linear_forward),
@@ -317,7 +330,7 @@ linear_color_cross_entropy = define(
 _linear_color_backward = define(
     "linear_color_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, "
     "Tensor? mask, Tensor lse, Tensor tokens, float label_smoothing, float z_loss, "
-    "bool[] needs_grad, str backend) -> (Tensor, Tensor, Tensor)",
+    "int[] needs_grad, str backend) -> (Tensor, Tensor, Tensor)",
     _for_each(_linear_backward),
     lambda grad, hidden, weight, *rest: _gradient_shapes(hidden, weight, rest[-1], weight.dtype),
 )
@@ -352,16 +365,19 @@ def _gradient(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         _color_backward_in_place(grad, logits, *rest, *ctx.options)
         torch.autograd.graph.increment_version(logits)  # other readers are told
         return logits, *[None] * 8
-    return _color_backward(grad, logits, *rest, *ctx.options), *[None] * 8
+    return _differentiate_logits(grad, logits, *rest, *ctx.options), *[None] * 8
 
 
 def _may_be_overwritten(tensor: Tensor) -> bool:
     """Not where gradients are to have a graph, nor where a compiler traces the backward."""
-    return not torch.is_grad_enabled() and type(tensor) is Tensor and tensor.is_contiguous()
+    plain = type(tensor) is Tensor and not is_transformed()
+    return plain and not torch.is_grad_enabled() and tensor.is_contiguous()
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, _, _, mask, reduction, *numbers, _, ctx.in_place, backend = inputs
+    hidden, weight, bias, _, _, mask, reduction, *numbers, ctx.needed, ctx.in_place, backend = (
+        inputs
+    )
     _, z_term, count, lse, tokens, *sum_gradients = output
     ctx.mark_non_differentiable(z_term, count, lse, tokens, *sum_gradients)
     ctx.set_materialize_grads(False)  # else zeros as large as the gradients come in
@@ -370,7 +386,10 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
         ctx.options = hidden.dtype, backend
         ctx.save_for_backward(count, *sum_gradients)
     else:
-        ctx.options = (*numbers, list(ctx.needs_input_grad[:3]), backend)
+        ctx.needed = [int(needed) for needed in ctx.needs_input_grad[:3]]
+        if is_transformed():  # an outer transform may need what is not shown here
+            ctx.needed = [int(tensor is not None) for tensor in (hidden, weight, bias)]
+        ctx.options = (*numbers, ctx.needed, backend)
         ctx.save_for_backward(hidden, weight, bias, mask, lse, tokens)
 
 
@@ -380,16 +399,16 @@ def _linear_gradient(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, 
     if ctx.is_scalar:
         gradients = _scale_all(ctx, grad)
     else:
-        gradients = _linear_color_backward(grad, *ctx.saved_tensors, *ctx.options)
-    needed = zip(gradients, ctx.needs_input_grad, strict=False)
-    return *(gradient if needs else None for gradient, needs in needed), *[None] * 9
+        gradients = _differentiate_linear(grad, *ctx.saved_tensors, *ctx.options)
+    computed = zip(gradients, ctx.needed, strict=True)
+    return *(gradient if needed else None for gradient, needed in computed), *[None] * 9
 
 
 def _scale_all(ctx: Any, grad: Tensor) -> list[Tensor]:
     count, *gradients = ctx.saved_tensors
     dtype, backend = ctx.options
     in_place = ctx.in_place and not _graph_is_kept()
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not is_transformed():
         # The inputs are not kept, yet a second derivative is to meet the operator, which raises.
         grad = grad.detach().requires_grad_()
     scaled = []
@@ -398,7 +417,7 @@ def _scale_all(ctx: Any, grad: Tensor) -> list[Tensor]:
             _scale_sum_gradient_in_place(grad, count, gradient, backend)
             scaled.append(gradient)
         else:
-            scaled.append(_scale_sum_gradient(grad, count, gradient, dtype, backend))
+            scaled.append(_scale_gradient(grad, count, gradient, dtype, backend))
     return scaled
 
 
@@ -408,8 +427,10 @@ def _graph_is_kept() -> bool:
     return keeps is None or keeps()
 
 
-differentiate(color_cross_entropy, _setup, _gradient)
-differentiate(linear_color_cross_entropy, _linear_setup, _linear_gradient)
-once_differentiable(_color_backward, "color_cross_entropy")
-once_differentiable(_linear_color_backward, "linear_color_cross_entropy")
-once_differentiable(_scale_sum_gradient, "linear_color_cross_entropy")
+differentiable = differentiate(color_cross_entropy, _setup, _gradient, "color_cross_entropy")
+linear_differentiable = differentiate(
+    linear_color_cross_entropy, _linear_setup, _linear_gradient, "linear_color_cross_entropy"
+)
+_differentiate_logits = once_differentiable(_color_backward, "color_cross_entropy")
+_differentiate_linear = once_differentiable(_linear_color_backward, "linear_color_cross_entropy")
+_scale_gradient = once_differentiable(_scale_sum_gradient, "linear_color_cross_entropy")

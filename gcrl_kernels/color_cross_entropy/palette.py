@@ -29,7 +29,8 @@ def fit_palette(
     Args:
         pixels: [..., 3], uint8 or floating point, finite; at least `colors` of them.
         colors: how many colours, at least 1.
-        seed: of the start; the same seed, pixels and device give the same palette, bit for bit.
+        seed: of the start, an integer of 64 bits; the same seed, pixels and device give the same
+            palette, bit for bit.
         iterations: Lloyd iterations at most; fewer where the inertia stops falling.
         backend: of `quantize_colors`.
         progress: show a bar (if tqdm is installed).
@@ -43,9 +44,12 @@ def fit_palette(
             infinite pixels.
     """
     check_pixels(pixels)
-    for name, value, least in (("colors", colors, 1), ("iterations", iterations, 0)):
-        checks.check_integer(name, value)
-        checks.check_at_least(name, value, least)
+    colors = checks.at_least("colors", checks.integer("colors", colors), 1)
+    iterations = checks.at_least("iterations", checks.integer("iterations", iterations), 0)
+    seed = checks.integer("seed", seed)
+    if not -(2**63) <= seed < 2**64:
+        raise checks.value_error("seed", "an integer of 64 bits", seed)
+    checks.check_flag("progress", progress)
     flat = pixels.detach().reshape(-1, 3)
     if len(flat) < colors:
         raise checks.value_error(

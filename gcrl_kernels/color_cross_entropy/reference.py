@@ -21,12 +21,13 @@ from torch import Tensor
 
 from gcrl_kernels.color_cross_entropy.implementation import Implementation
 from gcrl_kernels.operators import accumulation_dtype
+from gcrl_kernels.softmax import exponentials, log_sum_exp, softmax
 
 CHUNK = 8192  # positions at a time: their logits, or their distances, are all that is stored
 
 
 def quantize_colors(pixels: Tensor, palette: Tensor) -> Tensor:
-    """The nearest palette colour [K, 3] of each pixel [..., 3]: int64 [...], -1 for a NaN pixel."""
+    """The nearest palette colour [K, 3] of each pixel [..., 3], int64 [...]; -1: there is none."""
     flat = pixels.reshape(-1, 3)
     nearest = torch.empty(len(flat), dtype=torch.int64, device=pixels.device)
     for part in _chunks(len(flat)):
@@ -40,17 +41,35 @@ def distance_dtype(pixels: Tensor, palette: Tensor) -> torch.dtype:
 
 
 def _nearest(pixels: Tensor, palette: Tensor) -> Tensor:
-    integers = not (pixels.is_floating_point() or palette.is_floating_point())
-    dtype = torch.int64 if integers else distance_dtype(pixels, palette)
+    if not (pixels.is_floating_point() or palette.is_floating_point()):
+        return _lowest(_integer_distance_is_least(pixels, palette))
+    dtype = distance_dtype(pixels, palette)
     difference = [pixels[:, None, c].to(dtype) - palette[None, :, c].to(dtype) for c in range(3)]
     distance = torch.stack([d * d for d in difference]).sum(0)  # [M, K]
-    if not integers:
-        distance = distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    # argmin does not say which of several minima it returns: the lowest index is asked for here.
-    colors = torch.arange(len(palette), device=palette.device)
-    is_nearest = distance == distance.amin(1, keepdim=True)
-    index = torch.where(is_nearest, colors, len(palette)).amin(1)
-    return index if integers else index.masked_fill(pixels.isnan().any(1), -1)
+    distance = distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    least = distance.amin(1, keepdim=True)
+    return _lowest(distance == least).masked_fill(least[:, 0] == torch.inf, -1)
+
+
+def _integer_distance_is_least(pixels: Tensor, palette: Tensor) -> Tensor:
+    """Which colours are nearest, bool [M, K], exactly: a square of 32 bits may not fit int64.
+
+    With |difference| = 2^16 a + b it is 2^32 a² + 2^17 a b + b², here in two parts of 32 bits.
+    """
+    difference = (pixels[:, None].long() - palette[None].long()).abs()  # [M, K, 3]
+    a, b = difference >> 16, difference & 0xFFFF
+    low = ((a * b).sum(-1) << 17) + (b * b).sum(-1)
+    high = (a * a).sum(-1) + (low >> 32)
+    low &= 0xFFFFFFFF
+    is_least = high == high.amin(1, keepdim=True)
+    low = low.masked_fill(~is_least, 1 << 32)
+    return low == low.amin(1, keepdim=True)
+
+
+def _lowest(is_nearest: Tensor) -> Tensor:
+    """The first that is true in each row; argmin does not say which of several it returns."""
+    colors = torch.arange(is_nearest.shape[1], device=is_nearest.device)
+    return torch.where(is_nearest, colors, is_nearest.shape[1]).amin(1)
 
 
 def targets(pixels: Tensor, palette: Tensor | None) -> Tensor:
@@ -68,7 +87,7 @@ def forward(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each position's loss, its z-loss part, its log-sum-exp and its token, all [M]."""
+    """Loss, z-loss part, log-sum-exp with its residual [2, M] and token of each position, [M]."""
     tokens = targets(pixels, palette)
     return *_losses(logits, tokens, mask, label_smoothing, z_loss), tokens
 
@@ -78,12 +97,15 @@ def _losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.to(accumulation_dtype(logits.dtype))
     colors = logits.shape[1]
-    lse = logits.logsumexp(1)
-    z_term = z_loss * lse.square()
+    numerators, maximum = exponentials(logits)
+    total = numerators.sum(1)
+    lse = log_sum_exp(maximum, total)
+    z_term = z_loss * lse[0] * lse[0]  # not the square, which may be infinite, and 0 * inf is NaN
     target = logits.gather(1, tokens.clamp(0, colors - 1)[:, None])[:, 0]
-    loss = lse - (1 - label_smoothing) * target + z_term
+    # From the maximum on, so that what all logits have in common is not in the sum.
+    loss = total.log() - (1 - label_smoothing) * (target - maximum) + z_term
     if label_smoothing:
-        loss = loss - label_smoothing * logits.mean(1)
+        loss = loss - label_smoothing * (logits - maximum[:, None]).mean(1)
     loss = torch.where((tokens >= 0) & (tokens < colors), loss, torch.nan)
     if mask is not None:
         loss, z_term = loss.where(mask, 0.0), z_term.where(mask, 0.0)
@@ -95,7 +117,7 @@ def backward(
     logits: Tensor,  # [M, K]
     tokens: Tensor,
     mask: Tensor | None,
-    lse: Tensor,  # [M]
+    lse: Tensor,  # [2, M]
     label_smoothing: float,
     z_loss: float,
     dlogits: Tensor,  # [M, K], to be written
@@ -117,9 +139,9 @@ def _gradient(
     logits = logits.to(accumulation_dtype(logits.dtype))
     colors = logits.shape[1]
     valid = (tokens >= 0) & (tokens < colors)
-    gradient = (logits - lse[:, None]).exp_()
+    gradient = softmax(logits)
     if z_loss:
-        gradient *= (1 + 2 * z_loss * lse)[:, None]
+        gradient *= (1 + 2 * z_loss * lse[0])[:, None]
     if label_smoothing:
         gradient -= label_smoothing / colors
     index = tokens.clamp(0, colors - 1)[:, None]
@@ -143,23 +165,22 @@ def linear_forward(
     """Loss, z-loss part, log-sum-exp and token of each position; gradients of the losses' *sum*."""
     tokens = targets(pixels, palette)
     dtype = accumulation_dtype(hidden.dtype)
-    loss, z_term, lse = (
-        torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(3)
-    )
+    loss, z_term = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
+    lse = hidden.new_empty((2, len(hidden)), dtype=dtype)
     gradients = _new_gradients(hidden, weight, dtype, needs_sum_grad)
     for part in _chunks(len(hidden)):
         logits = _logits(hidden[part], weight, bias, dtype)
         part_mask = None if mask is None else mask[part]
-        loss[part], z_term[part], lse[part] = _losses(
+        loss[part], z_term[part], lse[:, part] = _losses(
             logits, tokens[part], part_mask, label_smoothing, z_loss
         )
         if any(needs_sum_grad):
-            ones = torch.ones_like(lse[part])
+            ones = torch.ones_like(loss[part])
             gradient = _gradient(
-                ones, logits, tokens[part], part_mask, lse[part], label_smoothing, z_loss
+                ones, logits, tokens[part], part_mask, lse[:, part], label_smoothing, z_loss
             )
             _accumulate(gradients, part, gradient, hidden, weight, part_mask, needs_sum_grad)
-    return loss, z_term, *((lse, tokens) if keep else (lse[:0], tokens[:0])), *gradients
+    return loss, z_term, *((lse, tokens) if keep else (lse[:, :0], tokens[:0])), *gradients
 
 
 def linear_backward(
@@ -169,7 +190,7 @@ def linear_backward(
     bias: Tensor | None,
     tokens: Tensor,
     mask: Tensor | None,
-    lse: Tensor,
+    lse: Tensor,  # [2, M]
     label_smoothing: float,
     z_loss: float,
     needs_grad: Sequence[bool],
@@ -181,7 +202,7 @@ def linear_backward(
         logits = _logits(hidden[part], weight, bias, dtype)
         part_mask = None if mask is None else mask[part]
         gradient = _gradient(
-            grad[part], logits, tokens[part], part_mask, lse[part], label_smoothing, z_loss
+            grad[part], logits, tokens[part], part_mask, lse[:, part], label_smoothing, z_loss
         )
         _accumulate(gradients, part, gradient, hidden, weight, part_mask, needs_grad)
     return gradients

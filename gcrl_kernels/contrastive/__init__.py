@@ -12,7 +12,13 @@ from torch.nn.functional import normalize as normalize_rows
 from gcrl_kernels import checks
 from gcrl_kernels.backends import choose
 from gcrl_kernels.contrastive import ops, reference
-from gcrl_kernels.operators import accumulation_dtype
+from gcrl_kernels.operators import (
+    accumulation_dtype,
+    as_autocast,
+    check_reverse_mode,
+    is_transformed,
+    promote,
+)
 
 __all__ = ["dcl", "info_nce", "nt_xent", "supcon"]
 
@@ -37,7 +43,8 @@ def nt_xent(
     Args:
         z0, z1: [N, D], floating point, one dtype: the two views; row i of both is image i.
         temperature: a finite number other than 0, or a tensor of one element, which may require a
-            gradient.
+            gradient. Similarities divided by it are float32: beyond 3.4e38 the loss is infinite or
+            NaN.
         normalize: divide each embedding by its length (at least 1e-12, as
             torch.nn.functional.normalize).
         reduction: "mean" over the 2N anchors, "sum", or "none": [2N], those of z0 first.
@@ -58,8 +65,8 @@ def nt_xent(
         TypeError, ValueError: an argument of another type, dtype, shape or device than stated.
         BackendUnavailableError: a backend asked for by name cannot serve here.
     """
-    check_views(z0, z1)
-    scale = _inverse("temperature", temperature, "z0", z0)
+    z0, z1 = check_views(z0, z1)
+    scale = inverse("temperature", temperature, "z0", z0)
     options = (scale, normalize, reduction, negatives, group, gather)
     return _of_views("nt_xent", z0, z1, reference.OTHERS, *options, backend)
 
@@ -82,8 +89,8 @@ def dcl(
     Arguments, result and errors are those of `nt_xent`; where an anchor has no negatives, its loss
     is minus infinity.
     """
-    check_views(z0, z1)
-    scale = _inverse("temperature", temperature, "z0", z0)
+    z0, z1 = check_views(z0, z1)
+    scale = inverse("temperature", temperature, "z0", z0)
     options = (scale, normalize, reduction, negatives, group, gather)
     return _of_views("dcl", z0, z1, reference.NEGATIVES, *options, backend)
 
@@ -121,7 +128,7 @@ def info_nce(
         TypeError, ValueError: an argument of another type, dtype, shape or device than stated.
         BackendUnavailableError: a backend asked for by name cannot serve here.
     """
-    check_views(a, b, "a", "b")
+    a, b = check_views(a, b, "a", "b")
     scale = _number_or_tensor("logit_scale", logit_scale, "a", a)
     options = (scale, normalize, reduction, None, group, gather)
     loss = _of_views("info_nce", a, b, reference.OTHER_HALF, *options, backend)
@@ -164,15 +171,16 @@ def supcon(
     checks.check_dtype("labels", labels, checks.INTEGERS, "a tensor of integers")
     checks.check_shape("labels", labels, z.shape[:1], "[n]")
     checks.check_same_device("labels", labels, "z", z)
-    scale = _inverse("temperature", temperature, "z", z)
+    scale = inverse("temperature", temperature, "z", z)
     negatives = _check_options(z, "z", normalize, reduction, negatives)
     # A class is the place of its first member among the sorted labels.
     ordered = labels.sort().values
     classes = torch.searchsorted(ordered, labels)
     positives = torch.searchsorted(ordered, labels, right=True) - classes - 1
-    share = torch.where(positives > 0, 1 / positives.clamp_min(1), 0.0)
-    share = share.to(accumulation_dtype(z.dtype))
-    losses, _ = ops.contrast(
+    share = positives.clamp_min(1).to(accumulation_dtype(z.dtype)).reciprocal()
+    share = share.masked_fill(positives == 0, 0.0)
+    check_reverse_mode("supcon", z, scale[0])
+    losses, _ = ops.differentiable(
         z, None, negatives, classes.int(), share, *scale, reference.OTHERS, normalize,
         _choose("supcon", backend, z),
     )  # fmt: skip
@@ -181,13 +189,18 @@ def supcon(
     return losses.sum() if reduction == "sum" else losses.sum() / (positives > 0).sum()
 
 
-def check_views(z0: Tensor, z1: Tensor, name0: str = "z0", name1: str = "z1") -> None:
-    """Raise unless both are [N, D], floating point, of one dtype on one device."""
+def check_views(z0: Tensor, z1: Tensor, name0: str = "z0", name1: str = "z1") -> tuple[Tensor, ...]:
+    """Both; raises unless they are [N, D], floating point, of one dtype on one device.
+
+    Where autocast is on they may differ in dtype, and come back in the wider one.
+    """
     _check_embeddings(name0, z0, "[N, D]", "image")
     checks.check_floating(name1, z1)
     checks.check_shape(name1, z1, z0.shape, f"of {name0}")
-    checks.check_same_dtype(name1, z1, name0, z0)
     checks.check_same_device(name1, z1, name0, z0)
+    z0, z1 = promote(z0, z1)
+    checks.check_same_dtype(name1, z1, name0, z0)
+    return z0, z1
 
 
 def _check_embeddings(name: str, z: Tensor, layout: str, row: str) -> None:
@@ -210,8 +223,9 @@ def _check_options(
     checks.check_floating("negatives", negatives)
     checks.check_dimensions("negatives", negatives, 2, "[M, D]")
     checks.check_shape("negatives", negatives, (negatives.shape[0], z.shape[1]), "[M, D]")
-    checks.check_same_dtype("negatives", negatives, name, z)
     checks.check_same_device("negatives", negatives, name, z)
+    negatives = as_autocast(negatives, z)
+    checks.check_same_dtype("negatives", negatives, name, z)
     return negatives.detach()
 
 
@@ -220,8 +234,7 @@ def _number_or_tensor(
 ) -> tuple[Tensor | None, float]:
     """As the operators take it: a tensor with one element and no dimension, or a number."""
     if not isinstance(value, Tensor):
-        checks.check_number(name, value)
-        return None, float(value)
+        return None, checks.number(name, value)
     checks.check_floating(name, value)
     if value.numel() != 1:
         raise checks.value_error(name, "a tensor of one element", checks.shape(value))
@@ -229,10 +242,10 @@ def _number_or_tensor(
     return value.reshape(()), 0.0
 
 
-def _inverse(
+def inverse(
     name: str, temperature: float | Tensor, other_name: str, other: Tensor
 ) -> tuple[Tensor | None, float]:
-    """The scale that a temperature stands for."""
+    """The scale that a temperature stands for: a tensor, or None and a number."""
     tensor, value = _number_or_tensor(name, temperature, other_name, other)
     if tensor is not None:
         return tensor.to(accumulation_dtype(other.dtype)).reciprocal(), 0.0
@@ -267,10 +280,13 @@ def _of_views(
             "group", "None or a torch.distributed process group", type(group).__name__
         )
     backend = _choose(function, backend, z0)
+    check_reverse_mode(function, z0, z1, scale[0])
     if group is None or dist.get_world_size(group) == 1:
         options: tuple[Any, ...] = (*scale, candidates, normalize, backend)
-        losses, _ = ops.contrast(z0, z1, negatives, None, None, *options)
+        losses, _ = ops.differentiable(z0, z1, negatives, None, None, *options)
     else:
+        if is_transformed():
+            raise NotImplementedError(f"{function} over a group takes no transform of torch.func")
         from gcrl_kernels.contrastive.distributed import anchor_losses
 
         def embeddings(views: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gcrl_kernels.contrastive import ops, reference
+from gcrl_kernels.softmax import split
 
 # A meeting: which rows, the column where their own batch begins or None, the columns' tensors.
 _Meeting = tuple[slice, int | None, tuple[Tensor, ...]]
@@ -46,16 +47,18 @@ class _AnchorLosses(torch.autograd.Function):
         check_same_shape("z0, z1", len(z) // 2, z, group)
         options = (scale, scale_value, candidates)
         gathered = _gathered(z, candidates, group) if gather == "all" else []
-        lse = z.new_full((len(z),), -torch.inf)
+        exact = z.new_full((len(z),), -torch.inf, dtype=torch.float64)
         for rows, diagonal, (columns,) in _meetings((z,), [gathered], candidates, group):
             part = ops.block_lse(z[rows], columns, *options, diagonal, backend)
-            lse[rows] = lse[rows].logaddexp(part)
+            exact[rows] = exact[rows].logaddexp(part.double().sum(0))
         if negatives is not None:
-            lse = lse.logaddexp(ops.block_lse(z, negatives, *options, None, backend))
+            part = ops.block_lse(z, negatives, *options, None, backend)
+            exact = exact.logaddexp(part.double().sum(0))
+        lse = split(exact, z.dtype).T.contiguous()  # [2N, 2]
         gathered += _gathered(lse, candidates, group) if gather == "all" else []
         ctx.save_for_backward(z, negatives, scale, lse, *gathered)
         ctx.options = (scale_value, candidates, group, same_gradient, backend)
-        return lse - _positive_scores(z) * _factor(scale, scale_value, z)
+        return (exact - _positive_scores(z) * _factor(scale, scale_value, z)).to(z.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -67,19 +70,20 @@ class _AnchorLosses(torch.autograd.Function):
         dz, dscale = pull[:, None] * partners(z), -(grad * _positive_scores(z)).sum()
         all_z, all_lse = gathered[: len(gathered) // 2], gathered[len(gathered) // 2 :]
         if same_gradient:
-            all_grad = [grad[:1].expand_as(each) for each in all_lse]
+            all_grad = [grad[:1].expand(len(each)) for each in all_lse]
         else:
             all_grad = _gathered(grad, candidates, group) if gathered else []
-        for rows, diagonal, columns in _meetings(
+        for rows, diagonal, (columns, column_lse, column_grad) in _meetings(
             (z, lse, grad), [all_z, all_lse, all_grad], candidates, group
         ):
-            own = z[rows], lse[rows], grad[rows]
-            part, dscale_part = ops.block_gradient(*own, *columns, *options, diagonal, backend)
+            own = z[rows], lse[rows].T, grad[rows]
+            others = columns, column_lse.T, column_grad
+            part, dscale_part = ops.block_gradient(*own, *others, *options, diagonal, backend)
             dz[rows] += part
             dscale = dscale + dscale_part
         if negatives is not None:
             part, dscale_part = ops.block_gradient(
-                z, lse, grad, negatives, None, None, *options, None, backend
+                z, lse.T, grad, negatives, None, None, *options, None, backend
             )
             dz, dscale = dz + part, dscale + dscale_part
         if scale is not None:

@@ -11,10 +11,10 @@ Such a kernel has four functions, the same for every backend:
                             scale_value, candidates, diagonal, drows, dscale)
 
 Embeddings, and dz0 and dz1, are float16, bfloat16 or float32, rows and columns float32, with a
-last stride of 1; the other floating-point tensors are float32 and contiguous. contrast's lse is
-[2, n]: the log-sum-exps, then what their rounding to float32 lost. candidates is the place in
-`CANDIDATES`; diagonal is -1 where the rows' own batch is not among the columns. dz1 is None where
-z1 is.
+last stride of 1; the other floating-point tensors are float32 and contiguous. An lse is [2, n] (or
+[2, m]): the log-sum-exps, then what their rounding to float32 lost, 0 where one is not finite.
+candidates is the place in `CANDIDATES`; diagonal is -1 where the rows' own batch is not among the
+columns. dz1 is None where z1 is.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def implementation(library: Callable[[], Any]) -> Implementation:
         candidates: str,
         diagonal: int | None,
     ) -> Tensor:
-        lse = rows.new_empty(len(rows))
+        lse = rows.new_empty(2, len(rows))
         place = -1 if diagonal is None else diagonal
         library().contrast_block_lse(
             *_readable(rows, columns), _plain(scale), scale_value, CANDIDATES.index(candidates),

@@ -3,7 +3,7 @@
 `contrast` is any of the losses of one process's views, told apart by the candidates and by whether
 there are classes (see reference.py). The block operators are its parts, some rows against some
 columns, from which the loss over several processes is put together, and the one against a memory
-bank. The columns of `block_lse` get no gradient.
+bank. The columns of `block_lse` get no gradient; nor has its second row, the residual, one.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ block_lse = define(
     f"contrast_block_lse(Tensor rows, Tensor columns, {_SCALE}, {_OPTIONS}, int? diagonal, "
     "str backend) -> Tensor",
     {name: each.block_lse for name, each in IMPLEMENTATIONS.items()},
-    lambda rows, *rest: rows.new_empty(rows.shape[0]),
+    lambda rows, *rest: rows.new_empty(2, rows.shape[0]),
 )
 block_gradient = define(
     "contrast_block_gradient(Tensor rows, Tensor row_lse, Tensor row_grad, Tensor columns, "
@@ -89,9 +89,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _gradient(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    dz0, dz1, dscale = _contrast_backward(grad, *ctx.saved_tensors, *ctx.options)
-    wanted = ctx.needs_input_grad
-    return dz0, dz1 if wanted[1] else None, *[None] * 3, dscale if wanted[5] else None, *[None] * 4
+    saved = ctx.saved_tensors
+    dz0, dz1, dscale = _differentiate(grad, *saved, *ctx.options)
+    dz1, dscale = (d if of is not None else None for d, of in ((dz1, saved[1]), (dscale, saved[5])))
+    return dz0, dz1, *[None] * 3, dscale, *[None] * 4
 
 
 def _block_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -102,13 +103,17 @@ def _block_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _block_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     rows, columns, scale, lse = ctx.saved_tensors
-    drows, dscale = block_gradient(rows, lse, grad, columns, None, None, scale, *ctx.options)
+    drows, dscale = _differentiate_block(
+        rows, lse, grad[0], columns, None, None, scale, *ctx.options
+    )
     if scale is not None:
         dscale = dscale.to(scale.dtype)
-    return drows, None, dscale if ctx.needs_input_grad[2] else None, *[None] * 4
+    return drows, None, dscale if scale is not None else None, *[None] * 4
 
 
-differentiate(contrast, _setup, _gradient)
-differentiate(block_lse, _block_setup, _block_gradient)
-for _operator in (_contrast_backward, block_gradient):
-    once_differentiable(_operator, "a contrastive loss")
+differentiable = differentiate(contrast, _setup, _gradient, "a contrastive loss")
+differentiable_block_lse = differentiate(
+    block_lse, _block_setup, _block_gradient, "a contrastive loss"
+)
+_differentiate = once_differentiable(_contrast_backward, "a contrastive loss")
+_differentiate_block = once_differentiable(block_gradient, "a contrastive loss")

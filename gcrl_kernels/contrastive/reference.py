@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from gcrl_kernels.operators import accumulation_dtype
+from gcrl_kernels.softmax import exponentials, log_sum_exp, softmax
 
 EPSILON = 1e-12  # the least norm that a vector is divided by, as in torch.nn.functional.normalize
 
@@ -56,10 +57,13 @@ def forward(
     columns = _columns(z, negatives, normalize)
     scores = _scores(z, columns, scale, scale_value)
     positive = _positive_scores(scores[:, : len(z)], classes, share)
-    lse = _fill(scores, candidates, 0, -torch.inf).logsumexp(1)
-    losses = lse - positive
+    numerators, maximum = exponentials(_fill(scores, candidates, 0, -torch.inf))
+    total = numerators.sum(1)
+    # From the maximum on, so that what all scores have in common is not in the sum.
+    weight = 1 if share is None else share.ne(0)
+    losses = total.log() - (positive - weight * maximum)
     losses = losses if share is None else losses.masked_fill(share == 0, 0.0)
-    return losses, torch.stack([lse, torch.zeros_like(lse)])
+    return losses, log_sum_exp(maximum, total)
 
 
 def backward(
@@ -82,12 +86,12 @@ def backward(
     if share is not None:
         grad = grad.masked_fill(share == 0, 0.0)
     columns = _columns(z, negatives, normalize)
-    scores = _scores(z, columns, scale, scale_value)
-    weight = _fill(scores.clone(), candidates, 0, -torch.inf).softmax(1)  # [n, n + M]
+    similarities = z @ columns.T
+    weight = softmax(_fill(similarities * factor, candidates, 0, -torch.inf))  # [n, n + M]
     weight = _fill(weight * grad[:, None], candidates, 0, 0.0)
     own = weight[:, : len(z)]
     _subtract_positives(own, grad, classes, share)
-    dscale = (weight * scores).sum() / factor
+    dscale = (weight * similarities).sum()
     dz = (weight @ columns + own.T @ z) * factor
     if normalize:
         inside = norm < EPSILON  # such a vector was divided by the constant
@@ -109,17 +113,18 @@ def block_lse(
     candidates: str,
     diagonal: int | None,  # the column where the rows' own batch begins; None: it is not there
 ) -> Tensor:
-    """log Σ_k exp(s_ik) over the columns that are candidates, [n]."""
+    """log Σ_k exp(s_ik) over the columns that are candidates, and its residual: [2, n]."""
     scores = _scores(rows, columns, scale, scale_value)
-    return _fill(scores, candidates, diagonal, -torch.inf).logsumexp(1)
+    numerators, maximum = exponentials(_fill(scores, candidates, diagonal, -torch.inf))
+    return log_sum_exp(maximum, numerators.sum(1))
 
 
 def block_gradient(
     rows: Tensor,  # [n, D]
-    row_lse: Tensor,  # [n]
+    row_lse: Tensor,  # [2, n], with the residuals
     row_grad: Tensor,  # [n]
     columns: Tensor,  # [m, D]
-    column_lse: Tensor | None,  # [m]; None: the columns are nobody's anchors
+    column_lse: Tensor | None,  # [2, m]; None: the columns are nobody's anchors
     column_grad: Tensor | None,
     scale: Tensor | None,
     scale_value: float,
@@ -131,10 +136,10 @@ def block_gradient(
     Where the columns are anchors too, theirs is half of each pair's part in the scale's gradient.
     """
     scores = _scores(rows, columns, scale, scale_value)
-    weight = row_grad[:, None] * (scores - row_lse[:, None]).exp()
+    weight = row_grad[:, None] * ((scores - row_lse[0, :, None]) - row_lse[1, :, None]).exp()
     weight = _fill(weight, candidates, diagonal, 0.0)
     if column_lse is not None and column_grad is not None:
-        pulled = column_grad * (scores - column_lse).exp()
+        pulled = column_grad * ((scores - column_lse[0]) - column_lse[1]).exp()
         weight = weight + _fill(pulled, candidates, diagonal, 0.0)
     pull = weight @ columns
     dscale = (rows * pull).sum() * (1 if column_lse is None else 0.5)

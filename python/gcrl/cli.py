@@ -28,7 +28,7 @@ class Train:
     """Train a GCRL and evaluate it; by default on handwritten digits, in minutes on a CPU.
 
     Every setting starts from the preset, from --config, or with --resume from the run itself.
-    Several processes train together under torchrun: torchrun --nproc-per-node 8 -m gcrl train …
+    Several processes together: torchrun --nproc-per-node 8 --no-python gcrl train …
     """
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
