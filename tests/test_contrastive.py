@@ -89,7 +89,7 @@ def test_any_shape(backend, count, features, seed) -> None:
     def ours(z0: Tensor, z1: Tensor) -> Tensor:
         return nt_xent(z0, z1, backend=backend)
 
-    assert_as_accurate(ours, plain, inputs, torch.float32, scale=2.0)  # similarities reach 1/0.5
+    assert_as_accurate(ours, plain, inputs, torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
