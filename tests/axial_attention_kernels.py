@@ -178,9 +178,7 @@ class Kernels:
         masked=st.booleans(),
         scale=st.sampled_from([None, 0.05, -0.1]),
     )
-    @settings(
-        max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_any_row(
         self,
         machine,

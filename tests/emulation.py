@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from limits import HANG
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
@@ -67,7 +68,7 @@ class Emulator:
             "PYTHONPATH": os.pathsep.join([str(self.root), str(self.root / "tests")]),
         }
         words = [sys.executable, "-c", script, self.library(source, *SANITIZERS)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=HANG)
         assert done.returncode == 0, done.stderr[-4000:]
         assert done.stdout == "done\n"
 

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from limits import HANG
 
 from gcrl_kernels import backends
 from gcrl_kernels.backends import BackendUnavailableError, choose, unavailable
@@ -168,7 +169,7 @@ def test_without_triton_everything_else_works(root: Path) -> None:
     command = [sys.executable, "-c", NO_TRITON]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, timeout=60
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "the package triton is not installed"
@@ -192,6 +193,6 @@ def test_report_is_a_command(root: Path) -> None:
     command = [sys.executable, "-m", "gcrl_kernels"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, check=True, timeout=60
+        command, cwd=root, env=environment, capture_output=True, text=True, check=True, timeout=HANG
     )
     assert "backend reference  available" in done.stdout

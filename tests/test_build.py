@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from limits import HANG
 
 NO_COMPILER = {"CXX": "/nonexistent/c++"}
 QUANTIZE = """
@@ -29,7 +30,7 @@ def run(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     words = [sys.executable, *map(str, command)]
     done = subprocess.run(
-        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG
     )
     assert (done.returncode == 0) == succeeds, done.stdout + done.stderr
     return done
