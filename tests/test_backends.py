@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from limits import HANG
 
 from gcrl_kernels import backends, capability
 from gcrl_kernels.backends import BackendUnavailableError, choose, unavailable
@@ -289,7 +290,7 @@ def test_without_triton_everything_else_works(root: Path) -> None:
     command = [sys.executable, "-c", NO_TRITON]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, timeout=60
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "the package triton is not installed"
@@ -313,6 +314,6 @@ def test_report_is_a_command(root: Path) -> None:
     command = [sys.executable, "-m", "gcrl_kernels"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, check=True, timeout=60
+        command, cwd=root, env=environment, capture_output=True, text=True, check=True, timeout=HANG
     )
     assert "backend reference  available" in done.stdout

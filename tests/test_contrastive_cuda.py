@@ -148,7 +148,7 @@ def test_dtypes_and_temperatures(machine, dtype, temperature, further) -> None:
     reduction=st.sampled_from(["mean", "sum", "none"]),
     stride=st.integers(1, 3),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_any_batch(machine, count, features, temperature, unit, further, reduction, stride) -> None:
     negatives = torch.randn(further, features) if further else None
     if not unit:  # their scores are large enough

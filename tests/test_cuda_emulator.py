@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 
 import pytest
+from limits import HANG
 
 SHOWS_IN_RESULTS = ("give", "give_in_warp", "copy", "copy_over")
 NOTICED = {
@@ -25,6 +26,6 @@ NOTICED = {
 @pytest.mark.parametrize("name", [*SHOWS_IN_RESULTS, *NOTICED])
 def test_a_fault_shows(emulator, name) -> None:
     program = emulator.program("faults.cpp", *emulator.torch_includes())
-    done = subprocess.run([program, name], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program, name], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert NOTICED.get(name, "wrong") in done.stdout

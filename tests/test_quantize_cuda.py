@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from emulation import SANITIZERS, Emulator
+from limits import HANG
 
 from gcrl_kernels import backends
 
@@ -27,7 +28,7 @@ def emulated(emulator: Emulator) -> Quantize:
         name = str(pixels.dtype).removeprefix("torch.")
         words = [program, name, str(len(pixels)), str(len(palette))]
         given = pixels.numpy().tobytes() + palette.numpy().tobytes()
-        done = subprocess.run(words, input=given, capture_output=True, timeout=60)
+        done = subprocess.run(words, input=given, capture_output=True, timeout=HANG)
         assert done.returncode == 0, done.stderr.decode()
         return torch.from_numpy(np.frombuffer(done.stdout, np.int64).copy())
 
