@@ -10,6 +10,7 @@ import torch
 Capability = tuple[int, int]  # major, minor
 
 
+@cache
 def runs_on(card: Capability, architectures: str) -> bool:
     """Whether code for `architectures`, written as setup.py takes them, runs on a card.
 

@@ -44,13 +44,13 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
   const bool works = begin < a.meeting.rows;
   const int64_t row[2] = {begin + lane.row(), begin + lane.row() + 8};
   const bool one_exponential = a.common->one_exponential;
-  const float middle = a.common->middle;
+  const float middle = a.common->middle, scale = a.scale();
   float factor[2], weight[2], lse[2], residual[2] = {}, push[2] = {}, all[2] = {}, anchored[2] = {};
   int32_t row_class[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const Anchors& own = a.row_anchors;
-    factor[half] = number_at(a.rows.factor, row[half], own.count) * a.scale();
+    factor[half] = number_at(a.rows.factor, row[half], own.count);
     weight[half] = number_at(one_exponential ? own.weight : own.pull, row[half], own.count);
     lse[half] = one_exponential ? middle : number_at(own.lse, row[half], own.count);
     if (!one_exponential)
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
         for (int half = 0; half < 2; ++half) {
           float& number = s[n][2 * half + i];
           const float product = number;
-          const float score = ptx::multiply(product, factor[half] * column_factor);
+          const float score = score_of(product, factor[half], column_factor, scale);
           float w;
           if (one_exponential) {
             w = exp_of_difference(score, middle) * (weight[half] + column_weight);

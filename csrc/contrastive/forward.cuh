@@ -31,10 +31,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(T) == sizeof(float) 
   int32_t row_class[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    factor[half] = number_at(a.rows.factor, row[half], a.meeting.rows) * a.scale();
+    factor[half] = number_at(a.rows.factor, row[half], a.meeting.rows);
     if (a.classes) row_class[half] = number_at(a.classes, row[half], a.meeting.rows);
   }
 
+  const float scale = a.scale();
   Steps<T> steps(a.rows, a.columns, a.meeting, block, 0, 0);
 #pragma unroll 1
   for (int64_t column = steps.first; column < steps.last; column += kColumns) {
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(T) == sizeof(float) 
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float& score = s[n][2 * half + i];
-        score = ptx::multiply(score, factor[half] * column_factor);
+        score = score_of(score, factor[half], column_factor, scale);
       }
     });
 #pragma unroll

@@ -243,6 +243,12 @@ struct Scale {
   float value;
 };
 
+// The score of a product, the same to the last bit whichever of the two is the row.
+static __device__ __forceinline__ float score_of(float product, float row_factor,
+                                                 float column_factor, float scale) {
+  return ptx::multiply(product, row_factor * column_factor * scale);
+}
+
 template <typename Number, typename Place>
 __device__ __forceinline__ Number number_at(const Number* numbers, Place place, Place end) {
   return place < end ? numbers[place] : Number(0);
