@@ -44,7 +44,8 @@ def forward(
         return
     rows = arrange((q, k, v, out), mask, axis)
     which = rows.kind, generation(q.device)
-    setting = row_setting("forward", *which, rows.features, rows.length)
+    crowded = bias is not None and mask is not None
+    setting = row_setting("forward", *which, rows.features, rows.length, crowded)
     kernel, tiles = forward_row_or_tiles.row_kernel, 1
     if setting is None:
         setting = tile_setting("forward", *which, rows.features)
@@ -87,10 +88,11 @@ def backward(
     options = bias, as_bytes(mask), scale
     gradients = dq, dk, dv
     places = *rows.numbers, *rows.strides
-    setting = row_setting("backward", *which, rows.features, rows.length)
+    crowded = bias is not None and mask is not None
+    setting = row_setting("backward", *which, rows.features, rows.length, crowded)
     summing = None  # how the row kernel runs where it adds the bias's gradient up
     if setting is not None and dbias is not None:
-        summing = row_setting("backward with dbias", *which, rows.features, rows.length)
+        summing = row_setting("backward with dbias", *which, rows.features, rows.length, crowded)
 
     if setting is None:
         setting = tile_setting("backward", *which, rows.features)

@@ -2,9 +2,8 @@
 
 By what compiles without spills, and into the shared memory that a program may have, for sm_80,
 sm_90 and sm_100, with and without a bias, a mask and causality, for rows that fill their tiles and
-rows that do not. (One exception: on sm_100 the backward of 65 to 127 positions in halves, with all
-three, has 48 bytes of stack; two passes would cost more.) "sm_80" stands for all others; the 99 KB
-of sm_86, sm_89 and sm_120 are enough for it.
+rows that do not, by Triton 3.6.0 and 3.7.1. "sm_80" stands for all others; the 99 KB of sm_86,
+sm_89 and sm_120 are enough for it.
 """
 
 from __future__ import annotations
@@ -51,19 +50,23 @@ TILES: dict[tuple[str, str, int], tuple[Setting, ...]] = {
     ("forward", "half", 16): (Setting((128, 64), 8, 2),) * 3,
     ("forward", "half", 32): (Setting((128, 64), 8, 2),) * 3,
     ("forward", "half", 64): (Setting((64, 64), 4, 2),) + (Setting((128, 64), 8, 2),) * 2,
-    ("forward", "half", 128): (Setting((64, 64), 8, 2),) * 2 + (Setting((128, 64), 8, 2),),
+    ("forward", "half", 128): (
+        Setting((64, 32), 8, 2),
+        Setting((64, 64), 8, 2),
+        Setting((128, 64), 8, 2),
+    ),
     ("backward", "half", 16): (Setting((64, 64), 4, 2),) * 3,
     ("backward", "half", 32): (Setting((64, 64), 8, 1),) + (Setting((64, 64), 4, 2),) * 2,
     ("backward", "half", 64): (Setting((32, 32), 4),) + (Setting((64, 64), 4),) * 2,
-    ("backward", "half", 128): (Setting((64, 64), 8), Setting((32, 32), 4), Setting((64, 64), 8)),
+    ("backward", "half", 128): (Setting((64, 32), 8), Setting((32, 32), 4), Setting((64, 64), 8)),
     ("dbias", "half", 16): (Setting((64,), 4),) * 3,
     ("dbias", "half", 32): (Setting((64,), 4),) * 3,
-    ("dbias", "half", 64): (Setting((64,), 4),) * 3,
+    ("dbias", "half", 64): (Setting((32,), 4),) + (Setting((64,), 4),) * 2,
     ("dbias", "half", 128): (Setting((32,), 4), Setting((64,), 4), Setting((64,), 4)),
-    ("forward", "single", 16): (Setting((64, 32), 8, 2),) * 3,
+    ("forward", "single", 16): (Setting((32, 32), 4),) * 3,
     ("forward", "single", 32): (Setting((32, 32), 8),) * 2 + (Setting((64, 32), 8, 2),),
-    ("forward", "single", 64): (Setting((64, 32), 8),) + (Setting((64, 32), 8, 2),) * 2,
-    ("forward", "single", 128): (Setting((64, 32), 8, 2),) * 2 + (Setting((64, 32), 16),),
+    ("forward", "single", 64): (Setting((64, 32), 8),) * 2 + (Setting((64, 32), 8, 2),),
+    ("forward", "single", 128): (Setting((64, 32), 8),) * 2 + (Setting((64, 32), 16),),
     ("backward", "single", 16): (Setting((32, 32), 4),) * 3,
     ("backward", "single", 32): (Setting((32, 32), 4),) * 3,
     ("backward", "single", 64): (Setting((32, 32), 8),) * 3,
@@ -71,16 +74,20 @@ TILES: dict[tuple[str, str, int], tuple[Setting, ...]] = {
     ("dbias", "single", 16): (Setting((32,), 4),) * 3,
     ("dbias", "single", 32): (Setting((32,), 4), Setting((32,), 8), Setting((32,), 4)),
     ("dbias", "single", 64): (Setting((16,), 4), Setting((32,), 4), Setting((32,), 8)),
-    ("dbias", "single", 128): (Setting((32,), 4), Setting((32,), 8), Setting((32,), 16)),
+    ("dbias", "single", 128): (Setting((32,), 4), Setting((32,), 16), Setting((32,), 16)),
 }
 
 
 def row_setting(
-    direction: str, kind: str, of_generation: int, features: int, length: int
+    direction: str, kind: str, of_generation: int, features: int, length: int, crowded: bool
 ) -> Setting | None:
-    """Of the kernel that holds a row whole; None where it would not fit."""
+    """Of the kernel that holds a row whole; None where it would not fit.
+
+    `crowded`: with a bias and a mask, which the longest rows have no registers for where they do
+    not fill their tile.
+    """
     block = padded(length)
-    if block not in BLOCKS:
+    if block not in BLOCKS or (crowded and BLOCKS[-1] == block != length):
         return None
     by_generation = ROWS[direction, kind, padded(features)]
     warps = by_generation[GENERATIONS.index(of_generation)][BLOCKS.index(block)]

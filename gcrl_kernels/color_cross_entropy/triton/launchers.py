@@ -17,7 +17,7 @@ from gcrl_kernels.color_cross_entropy.triton.nearest_color import quantize_kerne
 from gcrl_kernels.color_cross_entropy.triton.softmax import backward_kernel, forward_kernel
 from gcrl_kernels.triton_common import Setting, as_bytes, launch
 
-ELEMENTS = 2048  # logits of a program
+ELEMENTS = 2048  # logits of a program; half of them where there are many short rows
 MOST_ROWS = 256
 QUANTIZER = Setting((64, 16), 4)  # pixels of a program, colours at a time
 MOST_COLORS = 256  # of the palette at a time, beside logits
@@ -115,7 +115,8 @@ def comparable(pixels: Tensor, palette: Tensor) -> tuple[Tensor, Any]:
 def tile_of(logits: Tensor, label_smoothing: float) -> tuple[Setting, dict[str, Any]]:
     """A program's rows and columns, and what both kernels are compiled for."""
     block = triton.next_power_of_2(logits.shape[1])
-    rows = max(1, min(MOST_ROWS, ELEMENTS // block))
+    elements = ELEMENTS if block >= 512 else ELEMENTS // 2
+    rows = max(1, min(MOST_ROWS, elements // block))
     return Setting((rows, block), max(4, block // 512)), {
         "K": logits.shape[1],
         "SMOOTH": label_smoothing != 0,
