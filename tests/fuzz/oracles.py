@@ -77,7 +77,6 @@ def color_cross_entropy(
     pixels: Tensor,
     palette: Tensor | None = None,
     *,
-    tokens: Tensor | None = None,
     mask: Tensor | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -85,8 +84,7 @@ def color_cross_entropy(
     return_z_loss: bool = False,
     inplace_backward: bool = False,
 ) -> Any:
-    if tokens is None:
-        tokens = pixels.long() if palette is None else quantize_colors(pixels, palette)
+    tokens = pixels.long() if palette is None else quantize_colors(pixels, palette)
     counts = torch.ones_like(tokens, dtype=torch.bool) if mask is None else truth(mask)
     logits, colors = logits.where(counts[..., None], 0), logits.shape[-1]
     known = (tokens >= 0) & (tokens < colors)
@@ -95,7 +93,8 @@ def color_cross_entropy(
     target = log_p.gather(-1, tokens.where(known, 0)[..., None])[..., 0]
     z_term = float(z_loss) * lse.square()
     loss = -(1 - share) * target - share * log_p.mean(-1) + z_term
-    loss = loss.where(known, torch.nan).where(counts, 0)
+    loss = loss * torch.where(known | ~counts, 1, torch.nan)  # which the gradient shares
+    loss = loss.where(counts, 0)
     z_term = z_term.where(counts, 0)
     both = [reduced(each, reduction, counts) for each in (loss, z_term)]
     return tuple(both) if return_z_loss else both[0]
@@ -189,15 +188,26 @@ def supcon(
 
 
 def self_attention(
-    x: Tensor, heads: int, axis: int, weights: list[Tensor], **options: Any
-) -> Tensor:
-    into, into_bias, out, out_bias = weights
-    qkv = linear(x, into, into_bias).unflatten(-1, (3, heads, -1))
+    x: Tensor, into: Tensor, into_bias: Tensor, out: Tensor, out_bias: Tensor, heads: int,
+    axis: int, **options: Any,
+) -> Tensor:  # fmt: skip
+    qkv = linear(x, into, into_bias).unflatten(-1, (3, int(heads), -1))
     return linear(axial_attention_packed(qkv, axis, **options).flatten(-2), out, out_bias)
 
 
-def with_bank(out0: Tensor, out1: Tensor, temperature: float, bank: Tensor) -> Tensor:
-    """The anchors are out0's rows, their negatives the bank's."""
-    a, b, bank = normalize(out0, dim=1), normalize(out1, dim=1), normalize(bank, dim=1)
+def nt_xent_loss(out0: Tensor, out1: Tensor, temperature: Any, bank: Tensor | None = None) -> Any:
+    """With a bank the anchors are out0's rows, and its rows the negatives of them all."""
+    if bank is None:
+        return nt_xent(out0, out1, temperature, normalize=True, reduction="mean")
+    a, b = normalize(out0, dim=1), normalize(out1, dim=1)
     scores = torch.cat([(a * b).sum(1, keepdim=True), a @ bank.T], 1) / float(temperature)
     return -scores.log_softmax(1)[:, 0].mean()
+
+
+ORACLES: dict[str, Callable[..., Any]] = {
+    "axial_attention": axial_attention, "axial_attention_packed": axial_attention_packed,
+    "color_cross_entropy": color_cross_entropy, "nt_xent": nt_xent, "dcl": dcl, "supcon": supcon,
+    "linear_color_cross_entropy": linear_color_cross_entropy, "info_nce": info_nce,
+    "AxialSelfAttention": self_attention, "ColorCrossEntropyLoss": color_cross_entropy,
+    "LinearColorCrossEntropyLoss": linear_color_cross_entropy, "NTXentLoss": nt_xent_loss,
+}  # fmt: skip

@@ -18,9 +18,9 @@ BAD = (torch.nan, torch.inf, -torch.inf)
 class Call(NamedTuple):
     """A call by names, and what its rounding may amount to.
 
-    `amplified` is by how much rounding of the inputs may grow in the results, relative to them: 0
-    where every product and sum on the way is exact. `size` is that of the terms whose sums the
-    results are.
+    `amplified` is how large the numbers are whose rounding shows in the results; where sums and
+    products on the way are exact, what those have in common is not counted. `size` is that of the
+    terms whose sums the results are.
     """
 
     function: str
@@ -147,7 +147,7 @@ def axial_attention(d: Draw, packed: bool) -> Call:
     exact = exact and power_of_two and largest < 2.0**17
     size = 6.0 * features * max(1.0, abs(scale or 1.0)) * max(1, len(grid))
     name = "axial_attention_packed" if packed else "axial_attention"
-    return Call(name, arguments, 0.0 if exact else largest, size)
+    return Call(name, arguments, min(largest, 100.0) if exact else largest, size)
 
 
 def pixels_and_palette(d: Draw, *positions: int, colors: int) -> tuple[Tensor, Tensor]:
@@ -257,6 +257,8 @@ def contrastive(d: Draw, function: str) -> Call:
     arguments: dict[str, Any] = {
         name: d.floats(count, features, dtype=dtype, exact=False) * size for name in names
     }
+    if d.size(4) == 0:
+        arguments[names[-1]][d.size(count - 1)] = 0
     if function == "supcon":
         arguments["labels"] = d.integers(-2, 3, count, dtype=d.one(*INTEGERS[1:]))
     scale = d.one(2.0, 2.0, 1.0, 0.01, 100.0, -3.0, 1e4)
@@ -278,6 +280,45 @@ def contrastive(d: Draw, function: str) -> Call:
     return Call(function, arguments, amplified, max(1.0, amplified) * (1 if unit else 4) / size)
 
 
+def self_attention(d: Draw) -> Call:
+    grid = [d.size(5, 1) for _ in range(d.size(3, 1))]
+    heads, features, batch, axis = d.size(2, 1), d.one(1, 2, 8), d.size(2, 1), d.size(len(grid) - 1)
+    width, length, mask = heads * features, grid[axis], None
+    if d.flag():
+        mask = d.mask(batch, *grid)
+    weights = {
+        name: d.floats(*shape, dtype=torch.float32, exact=False) / width**0.5
+        for name, shape in (
+            ("into", (3 * width, width)), ("into_bias", (3 * width,)),
+            ("out", (width, width)), ("out_bias", (width,)),
+        )
+    }  # fmt: skip
+    x = d.floats(batch, *grid, width, dtype=torch.float32, exact=False)
+    bias = d.floats(heads, length, length, dtype=torch.float32, exact=False) if d.flag() else None
+    options = {"heads": d.integer(heads), "axis": d.integer(axis), "causal": d.flag()}
+    arguments = {"x": x, **weights, **options, "bias": bias, "mask": mask}
+    return Call("AxialSelfAttention", arguments, 30.0 * width, 30.0 * width)
+
+
+def renamed(call: Call, function: str) -> Call:
+    call.arguments.pop("inplace_backward", None)
+    return call._replace(function=function)
+
+
+def nt_xent_loss(d: Draw) -> Call:
+    call = contrastive(d, "nt_xent")
+    given = call.arguments
+    arguments = {"out0": given["z0"], "out1": given["z1"]}
+    scale = d.one(2.0, 0.5, 100.0, -3.0)
+    arguments["temperature"] = d.number(1 / scale)
+    bank = d.size(5)
+    if bank:
+        shape = (bank, given["z0"].shape[1])
+        rows = d.floats(*shape, dtype=torch.float32, exact=False)
+        arguments["bank"] = torch.nn.functional.normalize(rows, dim=1)
+    return Call("NTXentLoss", arguments, abs(scale), call.size * max(1.0, abs(scale)))
+
+
 FUNCTIONS: dict[str, Callable[[Draw], Call]] = {
     "axial_attention": lambda d: axial_attention(d, packed=False),
     "axial_attention_packed": lambda d: axial_attention(d, packed=True),
@@ -289,6 +330,12 @@ FUNCTIONS: dict[str, Callable[[Draw], Call]] = {
         name: lambda d, name=name: contrastive(d, name)
         for name in ("nt_xent", "dcl", "supcon", "info_nce")
     },
+    "AxialSelfAttention": self_attention,
+    "ColorCrossEntropyLoss": lambda d: renamed(color_cross_entropy(d), "ColorCrossEntropyLoss"),
+    "LinearColorCrossEntropyLoss": lambda d: renamed(
+        linear_color_cross_entropy(d), "LinearColorCrossEntropyLoss"
+    ),
+    "NTXentLoss": nt_xent_loss,
 }
 
 

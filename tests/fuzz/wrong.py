@@ -104,7 +104,8 @@ def wrong_calls(draw: Any, function: str) -> tuple[Call, str]:
     if function in ("nt_xent", "dcl", "info_nce"):
         arguments |= {"group": None, "gather": "all"}
     tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
-    full = [name for name in tensors if arguments[name].numel()]
+    inside = {"into", "into_bias", "out", "out_bias", "bank"}  # a module's own
+    full = [name for name in tensors if arguments[name].numel() and name not in inside]
     others = [
         name for name, value in arguments.items()
         if name not in tensors and name not in ("mask", "palette", "negatives", "bias")
