@@ -165,7 +165,7 @@ def choose(
 
 
 def _check_name(backend: str) -> None:
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
 
 

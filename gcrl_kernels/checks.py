@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gcrl_kernels.operators import has_storage
 
@@ -73,6 +74,9 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int], layout: str)
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
         raise value_error(name, f"the device of {other_name} ({other.device})", tensor.device)
+    if isinstance(tensor, FakeTensor) != isinstance(other, FakeTensor):
+        kind = type(tensor).__name__
+        raise type_error(name, f"a tensor with or without values, as {other_name}", f"a {kind}")
 
 
 def check_same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import normalize
 
 from gcrl_kernels import checks
 from gcrl_kernels.axial_attention import axial_attention_packed
@@ -67,6 +67,12 @@ class AxialSelfAttention(nn.Module):
         bias: Tensor | None = None,  # [heads, N, N]
         mask: Tensor | None = None,  # bool [B, *grid]
     ) -> Tensor:
+        checks.check_floating("x", x)
+        width = self.qkv.in_features
+        if not 3 <= x.dim() <= 5 or x.shape[-1] != width:
+            layout = f"[B, *grid, width = {width}] with a grid of 1 to 3 dimensions"
+            raise checks.value_error("x", layout, checks.shape(x))
+        checks.check_same_device("x", x, "the projection", self.qkv.weight)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, *grid, 3, heads, D]
         attended = axial_attention_packed(
             qkv, self.axis, causal=self.causal, bias=bias, mask=mask, backend=self.backend
@@ -93,6 +99,8 @@ class _ColorLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        if palette is not None:
+            checks.check_tensor("palette", palette)
         self.register_buffer("palette", palette)
         self.options: dict[str, Any] = {
             "reduction": reduction,
@@ -209,7 +217,8 @@ class NTXentLoss(nn.Module):
         if out0.requires_grad:
             self._remember(positives.detach())
         above = (lse - positive) + residual.detach()
-        return softplus(above).mean()  # log(exp(lse) + exp(positive)) - positive
+        # log(exp(lse) + exp(positive)) - positive; softplus is another function beyond 20
+        return above.logaddexp(above.new_zeros(())).mean()
 
     @torch.inference_mode(False)  # else no later batch could be trained against it
     @torch.no_grad()

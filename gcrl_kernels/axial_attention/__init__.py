@@ -67,7 +67,7 @@ def axial_attention(
     q, k, v = autocast(q, k, v)
     for name, tensor in (("k", k), ("v", v)):
         checks.check_same_dtype(name, tensor, "q", q)
-    options = _check_options(q, axis, causal, scale, bias, mask, return_lse)
+    options = _check_options("q", q, axis, causal, scale, bias, mask, return_lse)
     check_reverse_mode("axial_attention", q, k, v, bias)
     out, lse = ops.attend(q, k, v, *options, _choose(backend, q, axis))
     return (out, lse[0].float()) if return_lse else out
@@ -93,7 +93,7 @@ def axial_attention_packed(
     if not 5 <= qkv.dim() <= 7 or qkv.shape[-3] != 3:
         layout = "[B, *grid, 3, heads, D] with a grid of 1 to 3 dimensions"
         raise checks.value_error("qkv", layout, checks.shape(qkv))
-    options = _check_options(qkv.select(-3, 0), axis, causal, scale, bias, mask, return_lse)
+    options = _check_options("qkv", qkv.select(-3, 0), axis, causal, scale, bias, mask, return_lse)
     (qkv,) = autocast(qkv)
     check_reverse_mode("axial_attention_packed", qkv, bias)
     out, lse = ops.attend_packed(qkv, *options, _choose(backend, qkv.select(-3, 0), axis))
@@ -108,6 +108,7 @@ def _choose(backend: str | None, q: Tensor, axis: int) -> str:
 
 
 def _check_options(
+    name: str,
     q: Tensor,  # [B, *grid, heads, D]
     axis: int,
     causal: bool,
@@ -125,14 +126,14 @@ def _check_options(
     checks.check_flag("causal", causal)
     checks.check_flag("return_lse", return_lse)
     if features == 0:
-        raise checks.value_error("q", "at least one feature a head", checks.shape(q))
+        raise checks.value_error(name, "at least one feature a head", checks.shape(q))
     scale = checks.number("scale", features**-0.5 if scale is None else scale)
     if bias is not None:
         checks.check_floating("bias", bias)
         checks.check_shape("bias", bias, (heads, grid[axis], grid[axis]), "[heads, N, N]")
-        checks.check_same_device("bias", bias, "q", q)
+        checks.check_same_device("bias", bias, name, q)
     if mask is not None:
         checks.check_bool("mask", mask)
         checks.check_shape("mask", mask, q.shape[:-2], "[B, *grid]")
-        checks.check_same_device("mask", mask, "q", q)
+        checks.check_same_device("mask", mask, name, q)
     return bias, mask, axis, causal, scale

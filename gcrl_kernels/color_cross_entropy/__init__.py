@@ -133,7 +133,8 @@ def linear_color_cross_entropy(
             "hidden", "[..., C] with at least one feature", checks.shape(hidden)
         )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise checks.value_error("weight", f"[K, C = {hidden.shape[-1]}]", checks.shape(weight))
+        got = f"{checks.shape(weight)} for hidden {checks.shape(hidden)}"
+        raise checks.value_error("weight", f"[K, C = {hidden.shape[-1]}]", got)
     checks.check_same_device("weight", weight, "hidden", hidden)
     if bias is not None:
         checks.check_floating("bias", bias)

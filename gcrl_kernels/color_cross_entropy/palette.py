@@ -6,8 +6,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gcrl_kernels import checks
+from gcrl_kernels.backends import choose
 
 SEEDING_PIXELS = 65_536  # k-means++ looks at no more pixels than this
 TOLERANCE = 1e-5  # stop when an iteration improves the inertia by a smaller share
@@ -50,6 +52,9 @@ def fit_palette(
     if not -(2**63) <= seed < 2**64:
         raise checks.value_error("seed", "an integer of 64 bits", seed)
     checks.check_flag("progress", progress)
+    if pixels.is_meta or isinstance(pixels, FakeTensor):
+        raise checks.type_error("pixels", "a tensor with values", f"a {type(pixels).__name__}")
+    choose("quantize_colors", backend, pixels)
     flat = pixels.detach().reshape(-1, 3)
     if len(flat) < colors:
         raise checks.value_error(

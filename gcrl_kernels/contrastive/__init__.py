@@ -174,6 +174,7 @@ def supcon(
     scale = inverse("temperature", temperature, "z", z)
     negatives = _check_options(z, "z", normalize, reduction, negatives)
     # A class is the place of its first member among the sorted labels.
+    labels = labels.contiguous()
     ordered = labels.sort().values
     classes = torch.searchsorted(ordered, labels)
     positives = torch.searchsorted(ordered, labels, right=True) - classes - 1

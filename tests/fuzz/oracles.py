@@ -132,7 +132,7 @@ def contrastive(
     scores = z @ columns.T * scale
     further = torch.ones(len(z), len(columns) - len(z), dtype=torch.bool)
     lse = scores.masked_fill(~torch.cat([candidates, further], 1), -torch.inf).logsumexp(1)
-    share = positive / positive.sum(1, keepdim=True).clamp_min(1)
+    share = positive.to(z.dtype) / positive.sum(1, keepdim=True).clamp_min(1)
     each = (lse[:, None] - scores[:, : len(z)]).where(positive, 0)
     losses = (each * share).sum(1)
     return reduced(losses, reduction, counts)

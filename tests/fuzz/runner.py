@@ -183,7 +183,7 @@ def compare(name: str, value: Tensor, plain: Tensor, exact: Tensor, call: Call) 
         eps = torch.finfo(torch.float32).eps
     size = max(largest, call.size if "gradient" in name else 1.0)
     if "temperature" in name or "logit_scale" in name:  # which the size of embeddings leaves alone
-        size = max(size, 1.0)
+        size = max(size, call.amplified**2, 1.0)
     allowed = 8 * (float(slack.max()) if len(slack) else 0.0)
     allowed += eps * (32 * size + 4 * call.amplified * (size if "gradient" in name else 1.0))
     if value.dtype in (torch.float16, torch.bfloat16):

@@ -277,6 +277,8 @@ def contrastive(d: Draw, function: str) -> Call:
     elif d.flag():
         arguments["negatives"] = d.floats(d.size(5), features, dtype=dtype, exact=False)
     amplified = abs(scale) * (1.0 if unit else 16.0 * features)
+    if unit and any((arguments[n] == 0).all(1).any() for n in names):
+        size *= 1e-12  # by which a vector of no length is divided, and its gradient
     return Call(function, arguments, amplified, max(1.0, amplified) * (1 if unit else 4) / size)
 
 
