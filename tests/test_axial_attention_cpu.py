@@ -64,9 +64,7 @@ def test_any_row(length, features, heads, causal, biased, masked) -> None:
         inputs.append(torch.randn(heads, length, length))
     options = {"axis": 1, "causal": causal}
     options["mask"] = torch.rand(1, 2, length) > 0.4 if masked else None
-    assert_as_accurate(
-        ours(**options), lambda *t: plain(*t, **options), inputs, torch.float32, scale=20.0
-    )
+    assert_as_accurate(ours(**options), lambda *t: plain(*t, **options), inputs, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
