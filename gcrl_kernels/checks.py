@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gcrl_kernels.operators import has_storage, is_transformed
+from gcrl_kernels.operators import has_storage
 
 Number = TypeVar("Number", int, float)
 
@@ -39,13 +39,8 @@ def check_tensor(name: str, value: object) -> None:
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
         kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
         raise type_error(name, "a dense tensor", f"a {kind} one")
-    if type(value) in (Tensor, nn.Parameter) and not _is_traced() and not has_storage(value):
+    if not torch.compiler.is_compiling() and not has_storage(value):
         raise type_error(name, "a tensor that has its memory", "one whose storage was freed")
-
-
-def _is_traced() -> bool:
-    """Whether tensors stand for others, and have no memory of their own."""
-    return torch.compiler.is_compiling() or is_transformed()
 
 
 def check_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], expected: str) -> None:

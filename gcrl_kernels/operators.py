@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 NAMESPACE = "gcrl_kernels"
@@ -29,12 +29,6 @@ def define(
 
     def run(*arguments: Any) -> Any:
         *rest, backend = arguments
-        for place, argument in enumerate(rest):
-            if isinstance(argument, Tensor) and not has_storage(argument):
-                raise RuntimeError(
-                    f"{name}: the storage of argument {place} was freed; what backward needs must "
-                    "stay until then"
-                )
         device = rest[0].device.type
         if not _autocasts(device):
             return implementations[backend](*rest)
@@ -136,12 +130,24 @@ def no_forward_mode(function: str) -> NotImplementedError:
     )
 
 
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """What a forward saved, read once: activation checkpointing hands it out once.
+
+    Raises RuntimeError where the memory of one has been freed since.
+    """
+    saved: tuple[Any, ...] = ctx.saved_tensors
+    if not all(has_storage(tensor) for tensor in saved if tensor is not None):
+        raise RuntimeError("the storage of a tensor that was saved for backward was freed")
+    return saved
+
+
 def has_storage(tensor: Tensor) -> bool:
     """Whether a tensor's memory, where it is to have some, is there: it may have been freed."""
-    if tensor.device.type == "meta" or tensor.numel() == 0:
+    stands_for_another = type(tensor) not in (Tensor, nn.Parameter)  # in a compiler, say
+    if stands_for_another or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return True
-    there = tensor.untyped_storage().nbytes()
-    if there >= (tensor.storage_offset() + tensor.numel()) * tensor.itemsize:
+    there, count = tensor.untyped_storage().nbytes(), tensor.numel()
+    if there >= (tensor.storage_offset() + count) * tensor.itemsize or count == 0:
         return True
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return there >= (tensor.storage_offset() + last + 1) * tensor.itemsize
@@ -180,5 +186,5 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _autocasts(device: str) -> bool:
-    """Not on a device that knows no autocast, such as "meta"."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """Meta tensors know no autocast."""
+    return device != "meta" and torch.is_autocast_enabled(device)

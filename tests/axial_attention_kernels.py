@@ -180,9 +180,7 @@ class Kernels:
         masked=st.booleans(),
         scale=st.sampled_from([None, 0.05, -0.1]),
     )
-    @settings(
-        max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_any_row(
         self,
         machine,
@@ -210,7 +208,8 @@ class Kernels:
     @pytest.mark.parametrize("length", [9, 40, 70, 140])
     def test_the_gradient_of_a_bias_is_the_sum_over_many_lines(self, machine, length) -> None:
         """More lines than those that add to it in turn."""
-        inputs = images(length, 5, batch=3, heads=2, features=16)
+        batch = 3 if length < 64 else 1  # fewer work at once on longer lines
+        inputs = images(length, 5, batch=batch, heads=2, features=16)
         inputs.append(torch.randn(2, length, length))
         check(machine, inputs, torch.float32, "contiguous", axis=0, causal=True)
 

@@ -193,9 +193,7 @@ class KernelTests:
         z_loss=st.sampled_from([0.0, 0.1]),
         reduction=st.sampled_from(["none", "sum", "mean"]),
     )
-    @settings(
-        max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_any_shape(
         self, losses, positions, colors, features, dtype, layout, kind, masked, biased, **options
     ) -> None:

@@ -74,7 +74,7 @@ def test_agrees_with_sdpa(backend, dtype, causal, grid, axis) -> None:
     scale=st.sampled_from([None, 0.3, -1.0]),
     data=st.data(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_shape_bias_and_mask(
     backend, grid, batch, heads, features, causal, biased, masked, scale, data
 ) -> None:

@@ -57,7 +57,7 @@ def test_dtypes_and_bias(dtype, axis) -> None:
     masked=st.booleans(),
 )
 @example(length=52, features=1, heads=1, causal=False, biased=False, masked=True)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_row(length, features, heads, causal, biased, masked) -> None:
     inputs = images(2, length, batch=1, heads=heads, features=features)
     if biased:

@@ -80,7 +80,7 @@ OPTIONS = st.fixed_dictionaries(
     options=OPTIONS,
     dtype=st.sampled_from(DTYPES),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_shape_and_options(positions, features, colors, biased, masked, options, dtype) -> None:
     mask = torch.rand(positions) > 0.4
     mask[0] = True

@@ -85,7 +85,7 @@ def test_dtypes_and_temperatures(dtype, temperature, further) -> None:
     reduction=st.sampled_from(["mean", "sum", "none"]),
     stride=st.integers(1, 3),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_batch(count, features, temperature, unit, further, reduction, stride) -> None:
     negatives = torch.randn(further, features) if further else None
     if not unit:  # their scores are large enough

@@ -156,9 +156,7 @@ class TestKernels:
         further=st.integers(0, 40),
         stride=st.integers(1, 3),
     )
-    @settings(
-        max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_any_batch(self, losses, count, features, temperature, unit, further, stride) -> None:
         negatives = torch.randn(further, features) if further else None
         if not unit:  # their scores are large enough

@@ -139,7 +139,7 @@ void forward(const Tensor q, const Tensor k, const Tensor v, std::optional<Tenso
   const RowKernels& kernels = row_kernels();
   const Rows inputs[] = {{q, grid}, {k, grid}, {v, grid}}, outputs[] = {{out, grid}};
   const Rows lse_rows(torch::stable::select(lse, 0, 0), grid);
-  const Rows residual_rows(torch::stable::select(lse, 0, 1), grid);
+  const int64_t to_residual = lse.stride(0);
   const Additions additions(bias, mask, grid);
   const auto one_row = [&](int64_t row, int64_t before, const GridPlace& place,
                            const GridPlace* next, const float* allowed, float* scratch) {
@@ -150,7 +150,7 @@ void forward(const Tensor q, const Tensor k, const Tensor v, std::optional<Tenso
     find_rows(inputs, next, rows.next);
     rows.before = before;
     rows.lse = static_cast<float*>(of_lse.data);
-    rows.lse_residual = static_cast<float*>(residual_rows.at(place).data);
+    rows.lse_residual = rows.lse + to_residual;
     rows.lse_stride = of_lse.stride;
     rows.bias = additions.bias(row % grid.heads());
     rows.allowed = allowed;
@@ -212,7 +212,7 @@ void backward(const Tensor grad, const Tensor q, const Tensor k, const Tensor v,
   const Rows inputs[] = {{q, grid}, {k, grid}, {v, grid}, {grad, grid}};
   const Rows outputs[] = {{dq, grid}, {dk, grid}, {dv, grid}};
   const Rows lse_rows(torch::stable::select(lse, 0, 0), grid);
-  const Rows residual_rows(torch::stable::select(lse, 0, 1), grid);
+  const int64_t to_residual = lse.stride(0);
   const Additions additions(bias, mask, grid);
   const auto run = [&](int64_t begin, int64_t end, int64_t step, float* bias_sum) {
     const auto one_row = [&](int64_t row, int64_t before, const GridPlace& place,
@@ -224,7 +224,7 @@ void backward(const Tensor grad, const Tensor q, const Tensor k, const Tensor v,
       find_rows(inputs, next, rows.next);
       rows.before = before;
       rows.lse = static_cast<const float*>(of_lse.data);
-      rows.lse_residual = static_cast<const float*>(residual_rows.at(place).data);
+      rows.lse_residual = rows.lse + to_residual;
       rows.lse_stride = of_lse.stride;
       rows.bias = additions.bias(row % grid.heads());
       rows.allowed = allowed;

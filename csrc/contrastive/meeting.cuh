@@ -4,9 +4,10 @@
 
 #include "common/products.cuh"
 #include "common/ptx.cuh"
+#include "common/softmax.cuh"
 #include "contrastive/embeddings.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::contrastive {
 
 inline constexpr int kWarpRows = 16;
 inline constexpr int kColumns = 64;  // of a tile
@@ -242,11 +243,10 @@ struct Scale {
   float value;
 };
 
-inline constexpr float kLog2e = 1.4426950408889634f;
-
-// e^(a - b), where the difference is rounded before anything else.
-static __device__ __forceinline__ float exp_of_difference(float a, float b) {
-  return ptx::exp2((a - b) * kLog2e);
+// The score of a product, the same to the last bit whichever of the two is the row.
+static __device__ __forceinline__ float score_of(float product, float row_factor,
+                                                 float column_factor, float scale) {
+  return ptx::multiply(product, row_factor * column_factor * scale);
 }
 
 template <typename Number, typename Place>
@@ -254,4 +254,4 @@ __device__ __forceinline__ Number number_at(const Number* numbers, Place place, 
   return place < end ? numbers[place] : Number(0);
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::contrastive

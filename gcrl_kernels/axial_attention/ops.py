@@ -27,6 +27,7 @@ from gcrl_kernels.operators import (
     differentiate,
     is_transformed,
     once_differentiable,
+    saved_tensors,
 )
 
 _OPTIONS = "Tensor? bias, Tensor? mask, int axis, bool causal, float scale"
@@ -132,7 +133,7 @@ def _save(inputs_before_bias: int) -> Any:
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor | None, gradient: Any) -> Any:
-    saved = ctx.saved_tensors  # once: activation checkpointing hands them out once
+    saved = saved_tensors(ctx)
     # Within a transform of torch.func an outer one may need what needs_input_grad does not show.
     wanted = is_transformed() or ctx.needs_input_grad[len(saved) - 4]
     bias_needs_grad = saved[-2] is not None and wanted

@@ -26,6 +26,7 @@ from gcrl_kernels.operators import (
     differentiate,
     is_transformed,
     once_differentiable,
+    saved_tensors,
 )
 
 _OPTIONS = "str reduction, float label_smoothing, float z_loss"
@@ -360,7 +361,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _gradient(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 9
-    logits, *rest = ctx.saved_tensors
+    logits, *rest = saved_tensors(ctx)
     if ctx.in_place and _may_be_overwritten(logits):
         _color_backward_in_place(grad, logits, *rest, *ctx.options)
         torch.autograd.graph.increment_version(logits)  # other readers are told
@@ -399,13 +400,13 @@ def _linear_gradient(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, 
     if ctx.is_scalar:
         gradients = _scale_all(ctx, grad)
     else:
-        gradients = _differentiate_linear(grad, *ctx.saved_tensors, *ctx.options)
+        gradients = _differentiate_linear(grad, *saved_tensors(ctx), *ctx.options)
     computed = zip(gradients, ctx.needed, strict=True)
     return *(gradient if needed else None for gradient, needed in computed), *[None] * 9
 
 
 def _scale_all(ctx: Any, grad: Tensor) -> list[Tensor]:
-    count, *gradients = ctx.saved_tensors
+    count, *gradients = saved_tensors(ctx)
     dtype, backend = ctx.options
     in_place = ctx.in_place and not _graph_is_kept()
     if torch.is_grad_enabled() and not is_transformed():

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gcrl_kernels.contrastive import ops, reference
+from gcrl_kernels.operators import saved_tensors
 from gcrl_kernels.softmax import split
 
 # A meeting: which rows, the column where their own batch begins or None, the columns' tensors.
@@ -62,7 +63,7 @@ class _AnchorLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        z, negatives, scale, lse, *gathered = ctx.saved_tensors
+        z, negatives, scale, lse, *gathered = saved_tensors(ctx)
         scale_value, candidates, group, same_gradient, backend = ctx.options
         options, grad = (scale, scale_value, candidates), grad.contiguous()
         partners = reference.partners

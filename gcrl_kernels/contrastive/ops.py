@@ -16,7 +16,13 @@ from torch import Tensor
 
 from gcrl_kernels.contrastive import reference
 from gcrl_kernels.contrastive.launch import Implementation, implementation
-from gcrl_kernels.operators import accumulation_dtype, define, differentiate, once_differentiable
+from gcrl_kernels.operators import (
+    accumulation_dtype,
+    define,
+    differentiate,
+    once_differentiable,
+    saved_tensors,
+)
 
 IMPLEMENTATIONS = {
     "reference": Implementation(
@@ -89,7 +95,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _gradient(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
+    saved = saved_tensors(ctx)
     dz0, dz1, dscale = _differentiate(grad, *saved, *ctx.options)
     dz1, dscale = (d if of is not None else None for d, of in ((dz1, saved[1]), (dscale, saved[5])))
     return dz0, dz1, *[None] * 3, dscale, *[None] * 4
@@ -102,7 +108,7 @@ def _block_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _block_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    rows, columns, scale, lse = ctx.saved_tensors
+    rows, columns, scale, lse = saved_tensors(ctx)
     drows, dscale = _differentiate_block(
         rows, lse, grad[0], columns, None, None, scale, *ctx.options
     )
