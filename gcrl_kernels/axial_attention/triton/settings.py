@@ -28,7 +28,7 @@ ROWS: dict[tuple[str, str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("backward", "half", 64): ((1, 2, 4, 0), (1, 2, 4, 8), (1, 2, 4, 8)),
     ("backward", "half", 128): ((1, 2, 0, 0), (1, 2, 4, 0), (1, 2, 4, 0)),
     ("backward with dbias", "half", 16): ((1, 2, 4, 0), (1, 2, 4, 0), (1, 4, 4, 0)),
-    ("backward with dbias", "half", 32): ((1, 2, 4, 0), (1, 2, 4, 0), (1, 1, 4, 0)),
+    ("backward with dbias", "half", 32): ((1, 2, 4, 0), (1, 2, 4, 0), (1, 2, 4, 0)),
     ("backward with dbias", "half", 64): ((1, 2, 0, 0), (1, 4, 4, 0), (1, 2, 4, 0)),
     ("backward with dbias", "half", 128): ((1, 2, 0, 0), (1, 4, 8, 0), (1, 4, 4, 0)),
     ("forward", "single", 16): ((1, 2, 4, 0), (1, 2, 4, 0), (1, 2, 4, 0)),
@@ -40,9 +40,9 @@ ROWS: dict[tuple[str, str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("backward", "single", 64): ((2, 4, 0, 0), (2, 4, 0, 0), (2, 4, 0, 0)),
     ("backward", "single", 128): ((4, 0, 0, 0), (4, 0, 0, 0), (4, 0, 0, 0)),
     ("backward with dbias", "single", 16): ((1, 2, 16, 0), (1, 2, 16, 0), (1, 2, 4, 0)),
-    ("backward with dbias", "single", 32): ((1, 4, 0, 0), (1, 4, 0, 0), (1, 2, 0, 0)),
-    ("backward with dbias", "single", 64): ((2, 4, 0, 0), (2, 4, 0, 0), (2, 4, 0, 0)),
-    ("backward with dbias", "single", 128): ((2, 0, 0, 0), (4, 0, 0, 0), (2, 0, 0, 0)),
+    ("backward with dbias", "single", 32): ((1, 4, 0, 0), (1, 4, 0, 0), (1, 4, 0, 0)),
+    ("backward with dbias", "single", 64): ((2, 4, 0, 0), (2, 4, 0, 0), (2, 0, 0, 0)),
+    ("backward with dbias", "single", 128): ((4, 0, 0, 0), (4, 0, 0, 0), (2, 0, 0, 0)),
 }
 
 # Tiles of the others.
@@ -62,17 +62,17 @@ TILES: dict[tuple[str, str, int], tuple[Setting, ...]] = {
     ("dbias", "half", 16): (Setting((64,), 4),) * 3,
     ("dbias", "half", 32): (Setting((64,), 4),) * 3,
     ("dbias", "half", 64): (Setting((32,), 4),) + (Setting((64,), 4),) * 2,
-    ("dbias", "half", 128): (Setting((32,), 4), Setting((64,), 4), Setting((64,), 4)),
+    ("dbias", "half", 128): (Setting((32,), 4), Setting((64,), 4), Setting((32,), 4)),
     ("forward", "single", 16): (Setting((32, 32), 4),) * 3,
-    ("forward", "single", 32): (Setting((32, 32), 8),) * 2 + (Setting((64, 32), 8, 2),),
-    ("forward", "single", 64): (Setting((64, 32), 8),) * 2 + (Setting((64, 32), 8, 2),),
-    ("forward", "single", 128): (Setting((64, 32), 8),) * 2 + (Setting((64, 32), 16),),
+    ("forward", "single", 32): (Setting((32, 32), 4),) * 2 + (Setting((64, 32), 8, 2),),
+    ("forward", "single", 64): (Setting((32, 32), 8),) * 2 + (Setting((64, 32), 8, 2),),
+    ("forward", "single", 128): (Setting((64, 32), 16),) * 3,
     ("backward", "single", 16): (Setting((32, 32), 4),) * 3,
     ("backward", "single", 32): (Setting((32, 32), 4),) * 3,
     ("backward", "single", 64): (Setting((32, 32), 8),) * 3,
     ("backward", "single", 128): (Setting((16, 16), 8),) * 3,
     ("dbias", "single", 16): (Setting((32,), 4),) * 3,
-    ("dbias", "single", 32): (Setting((32,), 4), Setting((32,), 8), Setting((32,), 4)),
+    ("dbias", "single", 32): (Setting((32,), 4), Setting((32,), 8), Setting((32,), 8)),
     ("dbias", "single", 64): (Setting((16,), 4), Setting((32,), 4), Setting((32,), 8)),
     ("dbias", "single", 128): (Setting((32,), 4), Setting((32,), 16), Setting((32,), 16)),
 }
@@ -83,11 +83,10 @@ def row_setting(
 ) -> Setting | None:
     """Of the kernel that holds a row whole; None where it would not fit.
 
-    `crowded`: with a bias and a mask, which the longest rows have no registers for where they do
-    not fill their tile.
+    `crowded`: with a bias and a mask, which the longest rows have no registers for.
     """
     block = padded(length)
-    if block not in BLOCKS or (crowded and BLOCKS[-1] == block != length):
+    if block not in BLOCKS or (crowded and block == BLOCKS[-1]):
         return None
     by_generation = ROWS[direction, kind, padded(features)]
     warps = by_generation[GENERATIONS.index(of_generation)][BLOCKS.index(block)]
