@@ -34,7 +34,7 @@ train: $(READY)
 	$(BIN)/gcrl train $(ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -175,7 +175,8 @@ def cuda_command(compiler: str, includes: list[str]) -> list[str]:
     """nvcc with what every CUDA file is compiled with."""
     host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
     architectures = [f"-gencode={gencode(name)}" for name in ARCHITECTURES.split()]
-    device = ["-DUSE_CUDA", host, "-Xptxas=-v", "--expt-relaxed-constexpr", "--threads=2"]
+    report = f'-DGCRL_KERNELS_ARCHITECTURES="{ARCHITECTURES}"'
+    device = ["-DUSE_CUDA", report, host, "-Xptxas=-v", "--expt-relaxed-constexpr", "--threads=2"]
     return [*_nvcc(compiler), *_common_flags(includes), *device, *architectures]
 
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from gcrl_kernels import backends
+from gcrl_kernels import backends, capability
 
 
 def _version(package: str) -> str:
@@ -18,13 +18,11 @@ def _version(package: str) -> str:
 
 
 def _gpus() -> str:
-    if not torch.cuda.is_available():
-        return "none"
     names = []
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        names.append(f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})")
-    return ", ".join(names)
+    for device in backends.gpus():
+        card = capability.as_text(torch.cuda.get_device_capability(device))
+        names.append(f"{torch.cuda.get_device_name(device)} (compute capability {card})")
+    return ", ".join(names) or "none"
 
 
 def _state(backend: str) -> str:
@@ -38,7 +36,8 @@ def _state(backend: str) -> str:
 def _library(backend: str) -> str:
     path = backends.LIBRARIES[backend]
     if backends.is_loaded(backend):
-        return f"{path}, loaded"
+        compiled = f", compiled for {backends.architectures(backend)}" if backend == "cuda" else ""
+        return f"{path}, loaded{compiled}"
     return f"{path}, {'cannot be loaded' if path.exists() else 'does not exist'}"
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from gcrl_kernels import capability
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -66,6 +69,9 @@ LIBRARIES = {
 }
 _NEEDS = {"cpu": "a C++ compiler", "cuda": "a C++ compiler and nvcc"}
 
+# Triton compiles for the GPU at hand; our kernels need what came with this one, as bfloat16.
+_TRITON_ARCHITECTURES = "8.0+PTX"
+
 
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot serve; the message says why."""
@@ -106,11 +112,18 @@ def unavailable(backend: str) -> str | None:
     _check_name(backend)
     if backend in _MISSING:
         return _MISSING[backend]
-    if _SERVES.get(backend) == "cuda" and not torch.cuda.is_available():
+    if _SERVES.get(backend) == "cuda":
         if torch.version.cuda is None:
             return f"this build of PyTorch ({torch.__version__}) has no CUDA"
-        return "no CUDA GPU was found"
+        obstacles = [_obstacle(backend, device) for device in gpus()]
+        if None not in obstacles:
+            return obstacles[0] if obstacles else "no CUDA GPU was found"
     return None
+
+
+def gpus() -> list[torch.device]:
+    """The CUDA GPUs of this machine."""
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def is_loaded(backend: str) -> bool:
@@ -131,14 +144,14 @@ def choose(
     Raises:
         ValueError: `requested` is none of `BACKENDS`.
         BackendUnavailableError: it does not implement the operator, is not built, or serves
-            another device or other arguments.
+            another device, other GPUs or other arguments.
     """
-    device = tensor.device.type
+    device = tensor.device
     if requested is None:
-        for backend in _BEST.get((operator, device), ("reference",)):
+        for backend in _BEST.get((operator, device.type), ("reference",)):
             if _obstacle(backend, device) is None and cannot(backend) is None:
                 return backend
-        raise BackendUnavailableError(f"{operator}: no backend serves a tensor on {device!r}")
+        raise BackendUnavailableError(f"{operator}: no backend serves a tensor on {device.type!r}")
     _check_name(requested)
     if requested not in IMPLEMENTED[operator]:
         implemented = ", ".join(IMPLEMENTED[operator])
@@ -156,15 +169,41 @@ def _check_name(backend: str) -> None:
         raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def _obstacle(backend: str, device: str) -> str | None:
-    """Why `backend` cannot run on tensors of a device type; None if it can."""
+def _obstacle(backend: str, device: torch.device) -> str | None:
+    """Why `backend` cannot run on tensors of a device; None if it can."""
     if backend == "reference":
         return None
     if backend in _MISSING:
         return _MISSING[backend]
-    if _SERVES[backend] != device:
-        return f"it serves {_SERVES[backend]!r} tensors, got one on {device!r}"
-    return None
+    if _SERVES[backend] != device.type:
+        return f"it serves {_SERVES[backend]!r} tensors, got one on {device.type!r}"
+    return _obstacle_of_card(backend, device) if device.type == "cuda" else None
+
+
+def _obstacle_of_card(backend: str, device: torch.device) -> str | None:
+    """Why a GPU does not run the kernels of `backend`; None if it does."""
+    card = capability.of_card(device)
+    compiled = architectures(backend)
+    if card is None or capability.runs_on(card, compiled):
+        return None
+    found = f"this GPU has compute capability {capability.as_text(card)}"
+    if backend == "triton":
+        return f"{found}, and its kernels need 8.0"
+    return f"{found}, and it was compiled for {compiled}"
+
+
+# A constant to torch.compile, as torch.compiler.assume_constant_result makes it, which takes the
+# time to import all of Dynamo.
+_obstacle_of_card._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def architectures(backend: str) -> str:
+    """What "cuda", or "triton", was compiled for, as GCRL_KERNELS_ARCHITECTURES writes it."""
+    if backend == "triton":
+        return _TRITON_ARCHITECTURES
+    compiled: str = torch.ops.gcrl_kernels_cuda.architectures()
+    return compiled
 
 
 def cpu_levels() -> tuple[str, ...]:

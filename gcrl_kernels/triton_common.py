@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -42,6 +43,11 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A boolean mask as the bytes that it is, of which some may be neither 0 nor 1."""
+    return None if mask is None else mask.view(torch.uint8)
+
+
 @lru_cache
 def generation(device: torch.device) -> int:
     if device.type != "cuda":  # interpreted
@@ -61,8 +67,32 @@ def narrow(values, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, initial, PRECISION: tl.constexpr):
-    """initial + a b in float32; the interpreter has no right product of half precision."""
+    """initial + a b in float32.
+
+    The interpreter's own product is wrong in half precision, and in float32 it depends on the place
+    in the tile: from float64 it is rounded to the same number everywhere, as a GPU sums it alike.
+    """
     if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        exact = initial.to(tl.float64)
+        exact = tl.dot(a.to(tl.float64), b.to(tl.float64), exact, out_dtype=tl.float64)
+        return exact.to(tl.float32)
     return tl.dot(a, b, initial, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(a, b, c):
+    """a b + c, rounded once, and the same in every kernel.
+
+    What is subtracted from a product may else be fused with it, in one kernel and not in another;
+    then a softmax would not fit the log-sum-exp that it is rebuilt from.
+    """
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def two_sum(a, b):
+    """a + b, and exactly what its rounding lost (Knuth's two-sum); 0 where that is not finite."""
+    total = a + b
+    added = total - a
+    lost = (a - (total - added)) + (b - added)
+    return total, tl.where(lost == lost, lost, 0.0)

@@ -75,7 +75,7 @@ class Attention:
         self.library, self.device, self.layout = library, device, LAYOUTS[layout]
         self.axis, self.causal, self.scale = axis, causal, scale
         self.mask = None if mask is None else mask.to(device)
-        self.lse: Tensor | None = None  # of the last call
+        self.lse: Tensor | None = None  # of the last call, and its residuals
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         out: Tensor = _Attention.apply(self, q, k, v, bias)
@@ -93,7 +93,7 @@ class _Attention(torch.autograd.Function):
         *tensors, bias = (None if t is None else t.to(attention.device) for t in inputs)
         q, k, v = attention.layout(tensors)
         out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
-        lse = torch.full(q.shape[:-1], torch.nan, device=q.device)
+        lse = torch.full((2, *q.shape[:-1]), torch.nan, device=q.device)
         attention.library.axial_attention(q, k, v, *attention.options(q, bias), out, lse)
         ctx.attention = attention
         ctx.save_for_backward(q, k, v, out, lse, bias)
@@ -142,17 +142,19 @@ def check(
 ) -> None:
     """Output, gradients and lse are as accurate as PyTorch's; lse in float32 always."""
     ours = Attention(*machine, layout, **options)
-    size = 20.0 if dtype == torch.float32 else 0.0  # of the products that a score is a sum of
-    assert_as_accurate(ours, lambda *t: plain(*t, **options), inputs, dtype, scale=size)
+    assert_as_accurate(ours, lambda *t: plain(*t, **options), inputs, dtype)
     q, k, _, *bias = (tensor.to(dtype) for tensor in inputs)
     expected = exact_lse(*(t.double() for t in (q, k, *bias)), **options)
     plainly = exact_lse(*(t.float() for t in (q, k, *bias)), **options)
     assert ours.lse is not None
-    assert torch.equal(ours.lse == -torch.inf, expected == -torch.inf)
+    lse, residual = ours.lse
+    assert torch.equal(lse == -torch.inf, expected == -torch.inf)
     known = expected.isfinite()
+    assert not residual[~known].any()
     if not known.any():
         return
-    error = (ours.lse - expected)[known].abs()
+    assert torch.equal(lse + residual, lse)
+    error = (ours.lse.double().sum(0) - expected)[known].abs()
     allowed = 2 * (plainly - expected)[known].abs().max()
     assert (error <= allowed + 2e-7 * expected[known].abs().max() + 1e-6).all()
 
@@ -178,9 +180,7 @@ class Kernels:
         masked=st.booleans(),
         scale=st.sampled_from([None, 0.05, -0.1]),
     )
-    @settings(
-        max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_any_row(
         self,
         machine,
@@ -208,7 +208,8 @@ class Kernels:
     @pytest.mark.parametrize("length", [9, 40, 70, 140])
     def test_the_gradient_of_a_bias_is_the_sum_over_many_lines(self, machine, length) -> None:
         """More lines than those that add to it in turn."""
-        inputs = images(length, 5, batch=3, heads=2, features=16)
+        batch = 3 if length < 64 else 1  # fewer work at once on longer lines
+        inputs = images(length, 5, batch=batch, heads=2, features=16)
         inputs.append(torch.randn(2, length, length))
         check(machine, inputs, torch.float32, "contiguous", axis=0, causal=True)
 
@@ -279,7 +280,8 @@ class Kernels:
         options = (None, None, 0, False, features**-0.5)
         results = []
         for view in (lambda number, tensor: tensor, far):
-            out, lse = torch.empty_like(grad), torch.empty(grad.shape[:-1], device=machine.device)
+            out = torch.empty_like(grad)
+            lse = torch.empty(2, *grad.shape[:-1], device=machine.device)
             q, k, v = (view(number, tensor) for number, tensor in enumerate(near))
             machine.library.axial_attention(q, k, v, *options, out, lse)
             gradients = [view(n, torch.full_like(grad, torch.nan)) for n in (4, 5, 6)]
@@ -292,7 +294,7 @@ class Kernels:
     @pytest.mark.parametrize("shape", [(2, 0, 3, 16), (0, 5, 3, 16), (2, 5, 0, 16)])
     def test_nothing_to_do(self, machine, shape) -> None:
         q = torch.empty(shape, device=machine.device)
-        lse = torch.empty(shape[:-1], device=machine.device)
+        lse = torch.empty(2, *shape[:-1], device=machine.device)
         bias = torch.ones(shape[2], shape[1], shape[1], device=machine.device)
         dbias = torch.full_like(bias, torch.nan)
         options = (bias, None, 0, False, 1.0)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import missing
@@ -26,12 +27,37 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers are the threads
     torch.set_num_threads(1)
 
 
-settings.register_profile("repeatable", derandomize=True)  # the same examples on every run
+# The same examples on every run, however slow the machine is.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
     return missing.Module.from_parent(parent, path=module_path)
+
+
+# Begun last, they would leave one worker waiting for the other.
+LONG = (
+    "test_they_find_nothing", "test_within_its_memory", "test_build.py", "test_gcrl_study.py",
+    "test_axial_attention_triton.py", "test_gcrl_trainer.py", "test_gcrl_distributed.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long tests first, where a worker that has nothing left to do takes from another."""
+    if config.getoption("dist", None) == "worksteal":
+        items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """A cache for torch.compile of this run's own: PyTorch's own knows nothing of our operators'
+    shapes, so what other versions of the kernels left there may be wrong for these.
+    """
+    if not hasattr(config, "workerinput"):
+        folder = TemporaryDirectory(prefix="gcrl-compiled-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_finish() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from limits import HANG
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
@@ -52,22 +53,28 @@ class Emulator:
         compiled = subprocess.run(words, input="int main() {}", text=True, capture_output=True)
         return compiled.returncode == 0 and subprocess.run([program]).returncode == 0
 
+    def sanitized_environment(self, *python_path: Path) -> dict[str, str]:
+        """For a Python that loads sanitized libraries."""
+        return {
+            **os.environ,
+            "LD_PRELOAD": " ".join(self._runtime(name) for name in ("libasan.so", "libstdc++.so")),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, python_path)),
+        }
+
+    def _runtime(self, library: str) -> str:
+        words = [*self.compiler, f"-print-file-name={library}"]
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+
     def run_sanitized(self, script: str, source: str) -> None:
         """A Python script, which prints "done", with the sanitized library of one file."""
         if not self.sanitizes():
             pytest.skip("the compiler has no address sanitizer here")
-        runtime = subprocess.run(
-            [*self.compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
-        )
-        environment = {
-            **os.environ,
-            "LD_PRELOAD": runtime.stdout.strip(),
-            "ASAN_OPTIONS": "detect_leaks=0",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(self.root), str(self.root / "tests")]),
-        }
+        environment = self.sanitized_environment(self.root, self.root / "tests")
         words = [sys.executable, "-c", script, self.library(source, *SANITIZERS)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=HANG)
         assert done.returncode == 0, done.stderr[-4000:]
         assert done.stdout == "done\n"
 

@@ -74,7 +74,7 @@ def test_agrees_with_sdpa(backend, dtype, causal, grid, axis) -> None:
     scale=st.sampled_from([None, 0.3, -1.0]),
     data=st.data(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_shape_bias_and_mask(
     backend, grid, batch, heads, features, causal, biased, masked, scale, data
 ) -> None:
@@ -91,8 +91,7 @@ def test_any_shape_bias_and_mask(
     def apart(*tensors: Tensor) -> Tensor:
         return plain(*tensors, axis=axis, **options)
 
-    # dq and dk are sums of terms of this size, which cancel where a row is short.
-    assert_as_accurate(ours, apart, inputs, torch.float32, scale=20.0)
+    assert_as_accurate(ours, apart, inputs, torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -57,16 +57,14 @@ def test_dtypes_and_bias(dtype, axis) -> None:
     masked=st.booleans(),
 )
 @example(length=52, features=1, heads=1, causal=False, biased=False, masked=True)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_row(length, features, heads, causal, biased, masked) -> None:
     inputs = images(2, length, batch=1, heads=heads, features=features)
     if biased:
         inputs.append(torch.randn(heads, length, length))
     options = {"axis": 1, "causal": causal}
     options["mask"] = torch.rand(1, 2, length) > 0.4 if masked else None
-    assert_as_accurate(
-        ours(**options), lambda *t: plain(*t, **options), inputs, torch.float32, scale=20.0
-    )
+    assert_as_accurate(ours(**options), lambda *t: plain(*t, **options), inputs, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from axial_attention_kernels import DTYPES, Kernels, Machine, check
+from axial_attention_kernels import DTYPES, Attention, Kernels, Machine, check
 from comparison import assert_as_accurate
 from test_axial_attention import images, plain
 from torch import Tensor
@@ -85,6 +85,45 @@ def test_as_accurate_as_pytorch(
     if "mask" in given_options:
         options["mask"] = torch.rand(batch, *grid) > 0.4
     check(machine, inputs, dtype, layout, **options)
+
+
+def results(machine: Machine, inputs: list[Tensor], **options: Any) -> list[Tensor]:
+    """Output and gradients."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    out = Attention(*machine, **options)(*leaves)
+    weights = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+    return [out, *torch.autograd.grad((out * weights).sum(), leaves)]
+
+
+@pytest.mark.parametrize("poison", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("length", [6, 32, 70, 140])
+def test_what_masked_keys_hold_reaches_nobody(machine, length, poison) -> None:
+    """And a mask's bytes are true unless they are 0."""
+    q, k, v = images(length, 2, batch=1, heads=1, features=24)
+    bias, mask = torch.randn(1, length, length), torch.rand(1, length, 2) > 0.4
+    mask[0, :, 1] = False
+    poisoned = [tensor.masked_fill(~mask[..., None, None], poison) for tensor in (k, v)]
+    options = {"axis": 0, "causal": length == 70}
+    expected = results(machine, [q, k, v, bias], mask=mask, **options)
+    found = results(machine, [q, *poisoned, bias], mask=mask, **options)
+    assert all(map(torch.equal, found, expected))
+    true_bytes = torch.arange(mask.numel(), dtype=torch.uint8).view(mask.shape) + 1
+    mask = (true_bytes * mask).view(torch.bool)
+    found = results(machine, [q, k, v, bias], mask=mask, **options)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("offset", [-2.45e5, -1e6, -1e9, 1e30])
+@pytest.mark.parametrize("length", [16, 100, 140])
+def test_a_constant_bias_leaves_attention_alone(machine, length, offset) -> None:
+    zeros = torch.zeros(1, length, 1, 16, requires_grad=True)
+    v = torch.ones(1, length, 1, 16, requires_grad=True)
+    bias = torch.full((1, length, length), offset, requires_grad=True)
+    out = Attention(*machine, axis=0)(zeros, zeros, v, bias)
+    dv, dbias = torch.autograd.grad(out.sum(), (v, bias))
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-6, atol=0)
+    torch.testing.assert_close(dv.sum(1), torch.full((1, 1, 16), float(length)), rtol=2e-6, atol=0)
+    torch.testing.assert_close(dbias, torch.zeros_like(dbias), rtol=0, atol=1e-5)
 
 
 def test_packed_operator(machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +223,7 @@ def columns(
         return torch.empty(*size, 3, heads, features, dtype=dtype, device="meta").unbind(-3)
 
     out = torch.empty(*size, heads, features, dtype=dtype, device="meta")
-    lse = torch.empty(*size, heads, device="meta")
+    lse = torch.empty(2, *size, heads, device="meta")
     bias = torch.empty(heads, length, length, device="meta") if everything else None
     mask = torch.empty(size, dtype=torch.bool, device="meta") if everything else None
     options = (bias, mask, 0, everything, 1.0)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from limits import HANG
 
-from gcrl_kernels import backends
+from gcrl_kernels import backends, capability
 from gcrl_kernels.backends import BackendUnavailableError, choose, unavailable
 
 ANY = torch.empty(2)
@@ -153,6 +157,124 @@ def test_levels_hold_until_the_end_and_unknown_ones_raise() -> None:
         torch.ops.gcrl_kernels_cpu.set_cpu_level("mmx")
 
 
+# Compute capability, and which of cuda in the usual build, cuda for Hopper alone, and triton serve.
+CARDS = {
+    "V100": ((7, 0), False, False, False),
+    "T4": ((7, 5), False, False, False),
+    "A100": ((8, 0), True, False, True),
+    "L4": ((8, 9), True, False, True),
+    "H100": ((9, 0), True, True, True),
+    "B200": ((10, 0), True, False, True),
+    "RTX 5090": ((12, 0), True, False, True),
+}
+
+
+@pytest.fixture
+def machine_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """A machine with GPUs of some compute capabilities, and a library compiled for some."""
+
+    def install(*cards: tuple[int, int], compiled: str) -> SimpleNamespace:
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: cards[d.index])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: f"card {d.index}")
+        library = SimpleNamespace(architectures=lambda: compiled)
+        monkeypatch.setattr(torch.ops, "gcrl_kernels_cuda", library)
+        for backend in ("cuda", "triton"):
+            monkeypatch.delitem(backends._MISSING, backend, raising=False)
+        forget()
+        return SimpleNamespace(device=torch.device("cuda", len(cards) - 1))
+
+    def forget() -> None:
+        backends.architectures.cache_clear()
+        capability.of_card.cache_clear()
+
+    yield install
+    forget()
+
+
+@pytest.mark.parametrize(("compiled", "column"), [("8.0+PTX 9.0a", 1), ("9.0a", 2)])
+@pytest.mark.parametrize("name", CARDS)
+def test_none_takes_what_runs_on_the_card(machine_with, name, compiled, column) -> None:
+    card, by_triton = CARDS[name][0], CARDS[name][3]
+    tensor = machine_with(card, compiled=compiled)
+    by_cuda = CARDS[name][column]
+    expected = "cuda" if by_cuda else "triton" if by_triton else "reference"
+    assert choose("nt_xent", None, tensor) == expected
+    assert (unavailable("cuda") is None) == by_cuda
+    assert (unavailable("triton") is None) == by_triton
+
+
+def test_a_name_that_the_card_does_not_run_raises(machine_with) -> None:
+    tensor = machine_with((7, 5), compiled="8.0+PTX 9.0a")
+    found = "this GPU has compute capability 7.5, and "
+    reasons = {"cuda": "it was compiled for 8.0+PTX 9.0a", "triton": "its kernels need 8.0"}
+    for backend, reason in reasons.items():
+        expected = f"backend '{backend}' cannot run nt_xent: {found}{reason}"
+        with pytest.raises(BackendUnavailableError, match=re.escape(expected)):
+            choose("nt_xent", backend, tensor)
+        assert unavailable(backend) == found + reason
+
+
+def test_each_card_is_asked(machine_with) -> None:
+    tensor = machine_with((9, 0), (7, 5), compiled="9.0a")
+    assert choose("nt_xent", None, tensor) == "reference"
+    tensor.device = torch.device("cuda", 0)
+    assert choose("nt_xent", None, tensor) == "cuda"
+    assert unavailable("cuda") is None
+
+
+@pytest.mark.parametrize(
+    ("compiled", "runs"),
+    [
+        ("8.6", "8.6 8.9"),
+        ("8.0", "8.0 8.6 8.9"),
+        ("9.0+PTX", "9.0 10.0 10.3 12.0"),
+        ("9.0a+PTX", "9.0"),
+        ("8.0a", "8.0"),
+        ("10.0f", "10.0 10.3"),
+        ("10.3f", "10.3"),
+        ("7.0 12.0", "7.0 7.5 12.0"),
+    ],
+)
+def test_what_code_runs_on(compiled: str, runs: str) -> None:
+    cards = [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
+    found = [card for card in cards if capability.runs_on(card, compiled)]
+    assert " ".join(map(capability.as_text, found)) == runs
+
+
+def test_the_card_is_asked_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capability, "of_card", lambda device: (7, 5))
+    monkeypatch.delitem(backends._MISSING, "triton", raising=False)
+    device = torch.device("cuda", 0)
+
+    def branch(x: torch.Tensor) -> torch.Tensor:
+        return x + len(backends._obstacle("triton", device) or "")
+
+    compiled = torch.compile(branch, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(ANY.zero_()), branch(ANY.zero_()))
+    assert compiled(ANY.zero_())[0] > 0
+
+
+def test_the_library_says_what_it_was_compiled_for(setup_script: ModuleType) -> None:
+    if not backends.is_loaded("cuda"):
+        pytest.skip("no compiled CUDA kernels here")
+    for architecture in backends.architectures("cuda").split():
+        assert setup_script.gencode(architecture)
+
+
+def test_report_names_cards_and_architectures(machine_with) -> None:
+    from gcrl_kernels.__main__ import report
+
+    machine_with((7, 5), compiled="9.0a")
+    text = report()
+    assert "card 0 (compute capability 7.5)" in text
+    assert "loaded, compiled for 9.0a" in text
+    expected = "missing: this GPU has compute capability 7.5, and it was compiled for 9.0a"
+    assert expected in text
+
+
 NO_TRITON = """
 import sys
 sys.modules["triton"] = None  # importing it fails
@@ -168,7 +290,7 @@ def test_without_triton_everything_else_works(root: Path) -> None:
     command = [sys.executable, "-c", NO_TRITON]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, timeout=60
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "the package triton is not installed"
@@ -192,6 +314,6 @@ def test_report_is_a_command(root: Path) -> None:
     command = [sys.executable, "-m", "gcrl_kernels"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, check=True, timeout=60
+        command, cwd=root, env=environment, capture_output=True, text=True, check=True, timeout=HANG
     )
     assert "backend reference  available" in done.stdout

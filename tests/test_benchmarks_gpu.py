@@ -7,10 +7,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from limits import HANG, until_hang
 
 from benchmarks import gpu
 from benchmarks.gpu import Log, Part, Unfit, run_all
@@ -24,33 +25,55 @@ def python(code: str) -> list[str]:
 
 PASSES = python("print('all is well')")
 FAILS = python("print('it broke'); raise SystemExit(3)")
-SLOW = python("import time; print('begun'); time.sleep(100)")
+SLEEP = f"import time; time.sleep({HANG})"
+SLOW = python(f"print('begun'); {SLEEP}")
 # Ends neither by itself nor by an interrupt, nor does its child.
-STUBBORN = python("""
-import signal, subprocess, sys, time
+STUBBORN = python(f"""
+import signal, subprocess, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]).pid)
-time.sleep(100)
+print(subprocess.Popen([sys.executable, "-c", "{SLEEP}"]).pid)
+{SLEEP}
 """)
+SHORT = 7  # seconds, which the fixture end_after makes as long as they have to be
 
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Log:
-    monkeypatch.setattr(gpu, "GRACE", 2)
+    monkeypatch.setattr(gpu, "GRACE", HANG)
     monkeypatch.setattr(gpu, "LEAST", 0.1)
     return Log(tmp_path / "out" / "log.txt")
 
 
-def outcomes(parts: list[Part], log: Log, limit: float = 60) -> list[tuple[str, str, str]]:
+@pytest.fixture
+def end_after(log: Log, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Ends a limit of SHORT seconds once the log holds a text, however long that takes here."""
+
+    def set_text(text: str) -> None:
+        class Popen(subprocess.Popen[bytes]):
+            def wait(self, timeout: float | None = None) -> int:
+                if timeout != SHORT:
+                    return super().wait(timeout)
+                for _ in until_hang():
+                    if re.search(text, Path(log.file.name).read_text()):
+                        break
+                raise subprocess.TimeoutExpired(self.args, timeout)
+
+        monkeypatch.setattr(gpu.subprocess, "Popen", Popen)
+
+    return set_text
+
+
+def outcomes(parts: list[Part], log: Log, limit: float = 9 * HANG) -> list[tuple[str, str, str]]:
     return [(o.name, o.status, o.note) for o in run_all(parts, limit, log)]
 
 
-def test_each_part_runs_whatever_became_of_the_one_before(log: Log) -> None:
+def test_each_part_runs_whatever_became_of_the_one_before(log: Log, end_after) -> None:
+    end_after("begun")
     parts = [
-        Part("one", FAILS, 20),
-        Part("two", SLOW, 2),
-        Part("three", PASSES, 20, "no hands here"),
-        Part("four", PASSES, 20, remark="half of it"),
+        Part("one", FAILS, HANG),
+        Part("two", SLOW, SHORT),
+        Part("three", PASSES, HANG, "no hands here"),
+        Part("four", PASSES, HANG, remark="half of it"),
         Part("five", PASSES),
     ]
     assert outcomes(parts, log) == [
@@ -66,23 +89,36 @@ def test_each_part_runs_whatever_became_of_the_one_before(log: Log) -> None:
     assert positions == sorted(positions)
 
 
-def test_what_does_not_heed_an_interrupt_is_ended_with_its_children(log: Log) -> None:
-    ((_, status, child),) = outcomes([Part("stubborn", STUBBORN, 4)], log)
+def test_what_does_not_heed_an_interrupt_is_ended_with_its_children(
+    log: Log, end_after, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    end_after(r"(?m)^\d+$")
+    ((_, status, child),) = outcomes([Part("stubborn", STUBBORN, SHORT)], log)
     assert status == "timed out"
-    for _ in range(100):
+    for _ in until_hang():
         state = Path(f"/proc/{child}/stat")
         if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
-            return
-        time.sleep(0.05)
-    raise AssertionError("the child lives")
+            break
 
 
-def test_a_limit_leaves_the_results_of_the_tests_so_far(log: Log, tmp_path: Path) -> None:
+def test_a_limit_leaves_the_results_of_the_tests_so_far(
+    log: Log, end_after, tmp_path: Path
+) -> None:
     (tmp_path / "test_two.py").write_text(
-        "import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(100)\n"
+        f"def test_quick(): pass\ndef test_slow():\n    print('begun')\n    {SLEEP}\n"
     )
-    flags = ["-v", "-c", "/dev/null", "-p", "no:cacheprovider", f"--junitxml={tmp_path / 'x.xml'}"]
-    part = Part("tests", [*gpu.PYTEST, *flags, str(tmp_path / "test_two.py")], 8)
+    end_after("begun")
+    flags = [
+        "-v",
+        "-s",
+        "-c",
+        "/dev/null",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={tmp_path / 'x.xml'}",
+    ]
+    part = Part("tests", [*gpu.PYTEST, *flags, str(tmp_path / "test_two.py")], SHORT)
     ((_, status, note),) = outcomes([part], log)
     assert status == "timed out"
     assert "1 passed" in note
@@ -91,17 +127,18 @@ def test_a_limit_leaves_the_results_of_the_tests_so_far(log: Log, tmp_path: Path
 
 
 def test_parts_without_a_limit_share_the_rest_evenly(log: Log) -> None:
-    parts = [Part("one", PASSES, 30), Part("two", PASSES), Part("three", PASSES)]
-    assert [status for _, status, _ in outcomes(parts, log, limit=102)] == ["passed"] * 3
+    parts = [Part("one", PASSES, 3 * HANG), Part("two", PASSES), Part("three", PASSES)]
+    outcome = outcomes(parts, log, limit=11 * HANG)  # one HANG is the GRACE
+    assert [status for _, status, _ in outcome] == ["passed"] * 3
     limits = map(int, re.findall(r"at most (\d+) s", Path(log.file.name).read_text()))
     one, two, three = limits
-    assert one == 30
-    assert 35 <= two <= 50  # half of 100 seconds, less what the part before it took
-    assert two + 20 <= three <= 100  # what the second left is the third's
+    assert one == 3 * HANG
+    assert 4 * HANG <= two <= 5 * HANG  # half of the rest, less what the part before it took
+    assert two + 3 * HANG <= three <= 10 * HANG  # what the second left is the third's
 
 
 def test_none_starts_without_time(log: Log) -> None:
-    parts = [Part("one", PASSES, 30), Part("two", PASSES)]
+    parts = [Part("one", PASSES, HANG), Part("two", PASSES)]
     assert {status for _, status, _ in outcomes(parts, log, limit=1)} == {"not run"}
 
 
@@ -110,7 +147,7 @@ def test_the_kernels_are_found_beside_what_is_there_already(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     ((_, _, note),) = outcomes(
-        [Part("path", python("import os; print(os.environ['PYTHONPATH'])"), 20)], log
+        [Part("path", python("import os; print(os.environ['PYTHONPATH'])"), HANG)], log
     )
     assert note == f"{root}:{root}/python:/elsewhere"
 
@@ -119,12 +156,13 @@ def test_the_kernels_are_found_beside_what_is_there_already(
 def test_the_summary_comes_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, command: list[str], status: int
 ) -> None:
-    parts = [Part("build", command, 2), Part("tests", PASSES, 20), Part("bench_it", PASSES)]
+    limit = 0.01 if command is SLOW else HANG
+    parts = [Part("build", command, limit), Part("tests", PASSES, HANG), Part("bench_it", PASSES)]
     monkeypatch.setattr(gpu, "find_gpu", lambda: HOPPER)
     monkeypatch.setattr(gpu, "list_parts", lambda *_: parts)
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     monkeypatch.delenv("GCRL_KERNELS_ARCHITECTURES", raising=False)
-    assert gpu.main(["--out", str(tmp_path / "out")]) == status
+    assert gpu.main(["--out", str(tmp_path / "out"), "--limit", str(9 * HANG)]) == status
     assert os.environ["GCRL_KERNELS_ARCHITECTURES"] == "9.0a"
     text = (tmp_path / "out" / "log.txt").read_text()
     assert text.startswith("a card, compute capability 9.0a, PyTorch 2.11.0\n")
@@ -148,7 +186,7 @@ sys.exit(gpu.main(["--out", {str(tmp_path)!r}]))
         if line == "begun\n":
             break
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 1
+    assert process.wait(HANG) == 1
     process.stdout.close()
     text = (tmp_path / "log.txt").read_text()
     assert re.search(r"^one +interrupted", text, re.MULTILINE)
@@ -162,7 +200,7 @@ def refusal(root: Path, **variables: str) -> str:
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
     )
     assert done.returncode == 1
     assert done.stdout == ""

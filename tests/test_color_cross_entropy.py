@@ -104,7 +104,7 @@ def test_linear_agrees_with_cross_entropy(backend, dtype, reduction, masked, bia
     features=st.integers(1, 6),
     as_tokens=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_shape(backend, positions, colors, features, as_tokens) -> None:
     logits, pixels, palette = scene(*positions, colors=colors)
     tokens = nearest(pixels, palette)

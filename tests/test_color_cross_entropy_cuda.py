@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from color_cross_entropy_kernels import FP32, KernelTests, Losses
+from comparison import assert_as_accurate
 from emulation import Emulator
 from nvcc_report import resources
+from test_color_cross_entropy import plain
 from torch import Tensor
 
 from gcrl_kernels import backends
@@ -65,6 +67,58 @@ class TestCuda(KernelTests):
                 None, 0.0, 0.0, tensor("loss", 5), tensor("z_term", 5), None, None,
                 tensor("gradient", 5, 7, dtype=dtype),
             )  # fmt: skip
+
+    @pytest.mark.parametrize("offset", [1e4, -1e6])
+    @pytest.mark.parametrize("colors", [7, 600])
+    def test_what_is_added_to_all_logits_changes_no_gradient(self, losses, colors, offset) -> None:
+        """float32 holds the sums exactly."""
+        logits = torch.randint(-99, 99, (9, colors)) / 16
+        targets = (torch.randint(0, colors, (9,)), None)
+        weights = torch.rand(9) + 0.5
+
+        def of_logits(logits: Tensor) -> Tensor:
+            return losses.of_logits(logits, targets)[0] * weights
+
+        def of_linear(logits: Tensor) -> Tensor:
+            unit = torch.eye(colors)
+            return losses.of_linear(logits, unit, None, targets, reduction="none") * weights
+
+        def apart(logits: Tensor) -> Tensor:
+            return plain(logits - offset, targets[0], reduction="none") * weights
+
+        for ours in (of_logits, of_linear):
+            assert_as_accurate(ours, apart, [logits + offset], FP32, scale=1.0)
+
+    @pytest.mark.parametrize("colors", [7, 600])
+    def test_any_byte_of_a_mask_but_zero_is_true(self, losses, colors) -> None:
+        """And what a row holds that is left out is nowhere: targets, logits and upstream."""
+        bytes_ = (torch.arange(9) % 4 * 85).to(torch.uint8)  # 0, 85, 170, 255
+        counts, grad = bytes_ > 0, torch.rand(9)
+        exact = torch.randn(9, colors, dtype=torch.float64, requires_grad=True)
+        tokens = torch.randint(0, colors, (9,))
+        loss = torch.nn.functional.cross_entropy(exact, tokens, reduction="none") * counts
+        (expected,) = torch.autograd.grad(loss, exact, grad.double())
+        logits = exact.detach().float()
+        logits[~counts], tokens[~counts], grad[~counts] = torch.nan, -1, torch.nan
+        logits, grad, tokens, mask = map(
+            losses.here, (logits, grad, tokens, bytes_.view(torch.bool))
+        )
+        ours, z_term, lse, found, gradient = (
+            *(torch.full(n, torch.nan, device=losses.device) for n in ((9,), (9,), (2, 9))),
+            torch.full((9,), -7, device=losses.device),
+            torch.full_like(logits, torch.nan),
+        )
+        library, nothing = torch.ops.gcrl_kernels_cuda, (0.0, 0.0)
+        library.color_cross_entropy(
+            logits, tokens, None, mask, *nothing, ours, z_term, lse, found, gradient
+        )
+        torch.testing.assert_close(ours.cpu(), loss.detach().float())
+        sums = gradient.cpu().nan_to_num(torch.inf) * grad.cpu().nan_to_num()[:, None]
+        torch.testing.assert_close(sums, expected.float(), rtol=1e-5, atol=1e-6)
+        library.color_cross_entropy_backward(
+            grad, logits, tokens, mask, lse, *nothing, gradient.fill_(torch.nan)
+        )
+        torch.testing.assert_close(gradient.cpu(), expected.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_what_the_gpu_backends_cannot() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from color_cross_entropy_kernels import BF16, FP16, FP32, KernelTests, Losses
+from color_cross_entropy_kernels import BF16, FP16, FP32, KernelTests, Losses, scene
+from test_color_cross_entropy import plain
 from torch import Tensor
 from triton_interpreter import interpreter
 
@@ -35,7 +36,45 @@ def losses() -> Iterator[Losses]:
 
 
 class TestTriton(KernelTests):
-    pass
+    @pytest.mark.parametrize("offset", [1e4, -1e6])
+    def test_what_all_logits_have_in_common_changes_no_gradient(self, losses, offset) -> None:
+        """Multiples of 1/16, which it does not round."""
+        tokens, logits = torch.randint(0, 33, (40,)), torch.randint(-80, 80, (40, 33)) / 16.0
+        exact = logits.double().requires_grad_()
+        upstream = torch.linspace(0.5, 1.5, 40)
+        expected_loss = plain(exact, tokens, reduction="none")
+        (expected,) = torch.autograd.grad(expected_loss, exact, upstream.double())
+        leaf = (logits + offset).requires_grad_()
+        of_logits = losses.of_logits(leaf, (tokens, None))[0]
+        of_linear = losses.of_linear(leaf, torch.eye(33), None, (tokens, None))
+        for loss in (of_logits, of_linear):
+            (gradient,) = torch.autograd.grad(loss, leaf, upstream)
+            for actual, exactly in ((loss, expected_loss), (gradient, expected)):
+                error = (actual.double() - exactly).abs().max()
+                assert error <= 4e-7 * exactly.abs().max()
+
+    def test_logits_whose_square_is_infinite(self, losses) -> None:
+        logits = torch.tensor([[3e19, -1e30, 3e19], [1e38, -1e38, 0.0]], requires_grad=True)
+        loss, z_term, *_ = losses.of_logits(logits, (torch.tensor([0, 0]), None))
+        torch.testing.assert_close(loss, torch.tensor([2.0, 1.0]).log())
+        assert not z_term.any()
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        torch.testing.assert_close(gradient, torch.tensor([[-0.5, 0, 0.5], [0, 0, 0]]))
+
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    def test_a_mask_is_read_as_bytes(self, losses, reduction) -> None:
+        """True unless they are 0; and what is masked may hold anything."""
+        logits, mask = torch.randn(40, 33), torch.rand(40) > 0.4
+        targets, _ = scene(40, 33, "integers")
+        bytes_of_mask = (torch.arange(1, 41, dtype=torch.uint8) * mask).view(torch.bool)
+        poisoned = logits.masked_fill(~mask[:, None], torch.nan)
+        results = []
+        for values, each in ((logits, mask), (logits, bytes_of_mask), (poisoned, mask)):
+            leaf = values.clone().requires_grad_()
+            loss = losses.of_logits(leaf, targets, mask=each, reduction=reduction)[0]
+            results.append([loss, *torch.autograd.grad(loss.sum(), leaf)])
+        for found in results[1:]:
+            assert all(map(torch.equal, found, results[0]))
 
 
 def meta(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
@@ -49,12 +88,12 @@ def calls(
     logits, floats = meta(4096, colors, dtype=dtype), meta(4096)
     longs, mask = (meta(4096, dtype=each) for each in (torch.long, torch.bool))
     targets = meta(4096, 3, dtype=pixels), meta(colors, 3, dtype=palette)
-    outputs = floats, floats, floats
+    outputs = floats, floats, meta(2, 4096)
     return [
         lambda: kernels.quantize_colors(*targets, longs),
         lambda: kernels.forward(logits, *targets, mask, 0.1, 0.1, *outputs, longs, None),
         lambda: kernels.forward(logits, longs, None, mask, 0.1, 0.1, *outputs, None, logits),
-        lambda: kernels.backward(floats, logits, longs, mask, floats, 0.1, 0.1, logits),
+        lambda: kernels.backward(floats, logits, longs, mask, outputs[2], 0.1, 0.1, logits),
     ]
 
 

@@ -81,7 +81,7 @@ def test_the_temperature_has_a_gradient(backend, temperature, shape) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(count=st.integers(1, 9), features=st.integers(1, 9), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_shape(backend, count, features, seed) -> None:
     torch.manual_seed(seed)
     inputs = [torch.randn(count, features) for _ in range(2)]
@@ -89,7 +89,7 @@ def test_any_shape(backend, count, features, seed) -> None:
     def ours(z0: Tensor, z1: Tensor) -> Tensor:
         return nt_xent(z0, z1, backend=backend)
 
-    assert_as_accurate(ours, plain, inputs, torch.float32, scale=2.0)  # similarities reach 1/0.5
+    assert_as_accurate(ours, plain, inputs, torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

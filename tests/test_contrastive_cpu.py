@@ -42,26 +42,24 @@ def ours(**options: Any):
 )
 def test_shapes(count, features) -> None:
     inputs = pair(count, features)
-    assert_as_accurate(ours(), plain, inputs, torch.float32, scale=2.0)
+    assert_as_accurate(ours(), plain, inputs, torch.float32)
     assert_as_accurate(
         lambda a, b: info_nce(a, b, logit_scale=4.0, backend="cpu"),
-        lambda a, b: plain_info_nce(a, b, 4.0), inputs, torch.float32, scale=4.0,
+        lambda a, b: plain_info_nce(a, b, 4.0), inputs, torch.float32,
     )  # fmt: skip
     if count == 1:  # nobody else
         return
-    assert_as_accurate(
-        lambda *z: dcl(*z, backend="cpu"), plain_dcl, inputs, torch.float32, scale=2.0
-    )
+    assert_as_accurate(lambda *z: dcl(*z, backend="cpu"), plain_dcl, inputs, torch.float32)
     labels = torch.arange(count) % 7
     assert_as_accurate(
         lambda z: supcon(z, labels, reduction="sum", backend="cpu"),
-        lambda z: plain_supcon(z, labels, reduction="sum"), inputs[:1], torch.float32, scale=2.0,
+        lambda z: plain_supcon(z, labels, reduction="sum"), inputs[:1], torch.float32,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("features", [2048, 4096])
 def test_many_features(features) -> None:
-    assert_as_accurate(ours(), plain, pair(40, features), torch.float32, scale=2.0)
+    assert_as_accurate(ours(), plain, pair(40, features), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,7 +85,7 @@ def test_dtypes_and_temperatures(dtype, temperature, further) -> None:
     reduction=st.sampled_from(["mean", "sum", "none"]),
     stride=st.integers(1, 3),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_batch(count, features, temperature, unit, further, reduction, stride) -> None:
     negatives = torch.randn(further, features) if further else None
     if not unit:  # their scores are large enough
@@ -99,11 +97,10 @@ def test_any_batch(count, features, temperature, unit, further, reduction, strid
         wide = z.new_zeros(len(z), stride * features + 3)
         return wide[:, : stride * features : stride].copy_(z)
 
-    largest = (1 if unit else 4 * features) * 4 / abs(temperature)
     assert_as_accurate(
         lambda *z: ours(normalize=unit, **options)(*map(laid_out, z)),
         lambda *z: plain(*z, unit=unit, **options),
-        pair(count, features), torch.float32, scale=largest,
+        pair(count, features), torch.float32,
     )  # fmt: skip
 
 

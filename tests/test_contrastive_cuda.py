@@ -88,18 +88,18 @@ def pair(count: int, features: int, scale: float = 1.0) -> list[Tensor]:
 def check_family(machine: Machine, count: int, features: int, dtype: torch.dtype) -> None:
     """All four losses and their gradients."""
     inputs = pair(count, features)
-    assert_as_accurate(machine.there(nt_xent), plain, inputs, dtype, scale=2.0)
+    assert_as_accurate(machine.there(nt_xent), plain, inputs, dtype)
     assert_as_accurate(
         machine.there(info_nce, logit_scale=4.0),
-        lambda a, b: plain_info_nce(a, b, 4.0), inputs, dtype, scale=4.0,
+        lambda a, b: plain_info_nce(a, b, 4.0), inputs, dtype,
     )  # fmt: skip
     if count == 1:  # nobody else
         return
-    assert_as_accurate(machine.there(dcl), plain_dcl, inputs, dtype, scale=2.0)
+    assert_as_accurate(machine.there(dcl), plain_dcl, inputs, dtype)
     labels = torch.arange(count) % 7
     assert_as_accurate(
         machine.there(supcon, labels=labels, reduction="sum"),
-        lambda z: plain_supcon(z, labels, reduction="sum"), inputs[:1], dtype, scale=2.0,
+        lambda z: plain_supcon(z, labels, reduction="sum"), inputs[:1], dtype,
     )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def test_shapes(machine, count, features, dtype) -> None:
 )
 def test_many_features(machine, count, features, dtype) -> None:
     """Rows that do not stay in shared memory, gradients in several blocks."""
-    assert_as_accurate(machine.there(nt_xent), plain, pair(count, features), dtype, scale=2.0)
+    assert_as_accurate(machine.there(nt_xent), plain, pair(count, features), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,7 +148,7 @@ def test_dtypes_and_temperatures(machine, dtype, temperature, further) -> None:
     reduction=st.sampled_from(["mean", "sum", "none"]),
     stride=st.integers(1, 3),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_any_batch(machine, count, features, temperature, unit, further, reduction, stride) -> None:
     negatives = torch.randn(further, features) if further else None
     if not unit:  # their scores are large enough
@@ -160,11 +160,10 @@ def test_any_batch(machine, count, features, temperature, unit, further, reducti
         wide = z.new_zeros(len(z), stride * features + 3)
         return wide[:, : stride * features : stride].copy_(z)
 
-    largest = (1 if unit else 4 * features) * 4 / abs(temperature)
     call = machine.there(nt_xent, normalize=unit, **options)
     assert_as_accurate(
         lambda *z: call(*map(laid_out, z)), lambda *z: plain(*z, unit=unit, **options),
-        pair(count, features), torch.float32, scale=largest,
+        pair(count, features), torch.float32,
     )  # fmt: skip
 
 
@@ -219,8 +218,9 @@ def test_blocks(machine, candidates, rows, columns, diagonal) -> None:
         ops.block_lse(z, others, scale, 0.0, candidates, diagonal, name)
         for name in ("cuda", "reference")
     ]
-    torch.testing.assert_close(*lse)
-    numbers = [torch.rand(columns, device=device) + 3, torch.rand(columns, device=device)]
+    torch.testing.assert_close(lse[0].double().sum(0), lse[1].double().sum(0))
+    column_lse = torch.stack([torch.rand(columns) + 3, torch.rand(columns) * 1e-7]).to(device)
+    numbers = [column_lse, torch.rand(columns, device=device)]
     grad = torch.rand(rows, device=device)
     for given_numbers in (numbers, [None, None]):
         options = (lse[1], grad, others, *given_numbers, scale, 0.0, candidates, diagonal)
@@ -228,6 +228,67 @@ def test_blocks(machine, candidates, rows, columns, diagonal) -> None:
             *(ops.block_gradient(z, *options, name) for name in ("cuda", "reference")), strict=True
         ):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spread", [0, 1])
+@pytest.mark.parametrize("offset", [100.0, 1000.0])
+def test_blocks_of_large_scores(machine, offset, spread) -> None:
+    """About the offset's square, and exact in float32; all about the same, or with wide gaps."""
+    device = machine.device
+    rows, columns = (torch.randint(-2, 3, (n, 6)) / 2.0 for n in (40, 70))
+    rows[:, 0] = offset + spread * (torch.arange(40) % 3)
+    columns[:, 0] = offset
+    row_grad, column_grad = torch.rand(40), torch.rand(70)
+    lse = [
+        ops.block_lse(a.to(device), b.to(device), None, 1.0, OTHERS, None, "cuda")
+        for a, b in ((rows, columns), (columns, rows))
+    ]
+    exact = rows.double() @ columns.double().T
+    for ours, each in zip(lse, (exact.logsumexp(1), exact.logsumexp(0)), strict=True):
+        assert torch.equal(ours[0].cpu(), each.float())
+        torch.testing.assert_close(ours.cpu().double().sum(0), each, rtol=0, atol=1e-6)
+    both = row_grad[:, None] * exact.softmax(1) + column_grad * exact.softmax(0)
+    given = (rows, lse[0], row_grad, columns, lse[1], column_grad)
+    drows, dscale = ops.block_gradient(
+        *(t.to(device) for t in given), None, 1.0, OTHERS, None, "cuda"
+    )
+    expected = both @ columns.double()
+    torch.testing.assert_close(drows.cpu().double(), expected, rtol=2e-6, atol=2e-6)
+    expected = (both * exact).sum() / 2
+    torch.testing.assert_close(dscale.cpu().double(), expected, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_little_shared_memory(emulator: Emulator, dtype) -> None:
+    with emulated(emulator.library("contrastive.cpp", "-O1")) as machine:
+        torch.ops.gcrl_kernels_emulated.set_contrast_device(1, 64 << 10)
+        try:
+            assert_as_accurate(machine.there(nt_xent), plain, pair(70, 130), dtype, scale=2.0)
+        finally:
+            torch.ops.gcrl_kernels_emulated.set_contrast_device(1, 227 << 10)
+
+
+def test_no_rows(machine) -> None:
+    """Called directly: what sums over rows is zero, the rest is as empty as the rows."""
+    library, device = torch.ops.gcrl_kernels_cuda, machine.device
+    rows, empty, columns = (torch.randn(n, 4, device=device) for n in (0, 0, 5))
+    numbers, none = torch.rand(5, device=device), torch.empty(0, device=device)
+    for others in (empty, columns):
+        dscale = torch.full((), torch.nan, device=device)
+        anchors, lse = none.clone(), torch.empty(2, 0, device=device)
+        library.contrast(rows, empty, others, None, None, None, 2.0, 0, True, anchors, lse)
+        library.contrast_backward(
+            none, rows, empty, others, None, None, None, lse, 2.0, 0, True, empty.clone(),
+            empty.clone(), dscale,
+        )  # fmt: skip
+        assert dscale == 0
+        dscale.fill_(torch.nan)
+        library.contrast_block_lse(rows, others, None, 2.0, 0, -1, lse)
+        weights = (numbers.expand(2, -1).contiguous(), numbers) if len(others) else (None, None)
+        library.contrast_block_gradient(
+            rows, lse, none, others, *weights, None, 2.0, 0, -1, empty.clone(), dscale
+        )
+        assert dscale == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

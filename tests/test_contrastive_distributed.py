@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from comparison import backends_here
+from limits import HANG
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
@@ -58,7 +58,7 @@ def joint_batch(ranks: int) -> tuple[Tensor, Tensor, Tensor]:
 def start(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    limit = timedelta(seconds=60)
+    limit = timedelta(seconds=HANG)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
 
 
@@ -155,21 +155,17 @@ def test_uneven_batches_are_an_error_on_every_rank(tmp_path) -> None:
 
 
 def run_without_the_others(rank: int, ranks: int, folder: str) -> None:
-    store = f"file://{folder}/store"
-    limit = timedelta(seconds=3)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
+    start(rank, ranks, folder)
     z = torch.randn(3, 4)
     nt_xent(z, z, group=dist.group.WORLD)
     if rank > 0:
         os._exit(0)
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"(?i)gloo.*(timed out|closed|reset|broken|refused)"):
+    with pytest.raises(RuntimeError, match=r"(?i)gloo.*(closed|reset|broken|refused)"):
         nt_xent(z, z, group=dist.group.WORLD)
-    assert time.monotonic() - start < 6
     os._exit(0)
 
 
-def test_a_process_that_has_gone_is_an_error_in_time(tmp_path) -> None:
+def test_a_process_that_has_gone_is_an_error_at_once(tmp_path) -> None:
     mp.spawn(run_without_the_others, (2, str(tmp_path)), nprocs=2)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from limits import HANG
 from PIL import Image
 
 from gcrl.cli import main
@@ -56,15 +56,15 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert "Encoder blocks, alternately along rows" in text
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
+def test_help_imports_no_torch() -> None:
     code = (
         "import sys\nfrom gcrl.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
     )
-    begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG
+    )
     assert "torch" not in done.stdout.split()
     assert "{train,evaluate" in done.stdout
-    assert time.monotonic() - begun < 10
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
+from limits import HANG
 
 import gcrl
 from gcrl import checkpoint
@@ -34,7 +35,7 @@ def test_the_package_offers_the_entry_points() -> None:
 
 def test_importing_the_package_does_not_wait_for_torch() -> None:
     code = "import sys, gcrl; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG)
 
 
 def test_load_takes_the_average_of_the_weights_unless_told_otherwise(run: Run) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANG
 
 ABSENT = """
 import os, sys
@@ -31,7 +32,7 @@ def without(root: Path, tmp_path: Path):
             env={**os.environ, **variables},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANG,
         )
 
     return collect

@@ -21,7 +21,7 @@ BACKENDS = backends_here("quantize_colors")
     levels=st.sampled_from([2, 5, 256]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_integers_are_exact_and_the_lowest_index_wins(backend, shape, colors, levels, seed) -> None:
     generator = torch.Generator().manual_seed(seed)  # few levels: many ties
     pixels = torch.randint(0, levels, (*shape, 3), generator=generator, dtype=torch.uint8)

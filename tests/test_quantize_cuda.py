@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from emulation import SANITIZERS, Emulator
+from limits import HANG
 
 from gcrl_kernels import backends
 
@@ -27,7 +28,7 @@ def emulated(emulator: Emulator) -> Quantize:
         name = str(pixels.dtype).removeprefix("torch.")
         words = [program, name, str(len(pixels)), str(len(palette))]
         given = pixels.numpy().tobytes() + palette.numpy().tobytes()
-        done = subprocess.run(words, input=given, capture_output=True, timeout=60)
+        done = subprocess.run(words, input=given, capture_output=True, timeout=HANG)
         assert done.returncode == 0, done.stderr.decode()
         return torch.from_numpy(np.frombuffer(done.stdout, np.int64).copy())
 
@@ -84,4 +85,7 @@ def test_what_is_not_finite(quantize: Quantize, dtype: torch.dtype) -> None:
     nan, inf = float("nan"), float("inf")
     palette = torch.tensor([[nan, 0, 0], [9, 9, 9], [0, inf, 0], [1, 1, 1]], dtype=dtype)
     pixels = torch.tensor([[0, 0, 0], [0, 0, nan], [inf, 0, 0], [8, 8, 8]], dtype=dtype)
-    assert quantize(pixels, palette).tolist() == [3, -1, 0, 1]
+    assert quantize(pixels, palette).tolist() == [3, -1, -1, 1]
+    assert quantize(pixels, palette[:1]).tolist() == [-1, -1, -1, -1]
+    far = torch.tensor([[1e20, 0, 0], [1, 1, 1]]).to(dtype) * (1e150 if dtype.itemsize == 8 else 1)
+    assert quantize(far, palette[1:]).tolist()[0] == -1

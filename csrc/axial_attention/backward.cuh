@@ -4,21 +4,22 @@
 
 #include "axial_attention/gradients.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 
-// The block's shared memory: Q, K, V and dO of each of its rows; then of each row three floats for
-// every position: whether the key is left out, lse and delta.
+// The block's shared memory: Q, K, V and dO of each of its rows; then for every position of each
+// row the query's numbers, and a float that says whether the key is left out.
 template <typename T, int kFeatures, int kColumns>
 struct BackwardMemory {
   __host__ __device__ BackwardMemory(const Division& division, int tiles)
       : padded(tiles * kColumns),
         tile_bytes(padded * Tile<T, kFeatures>::kRowBytes),
-        floats(division.rows * 4 * tile_bytes),
-        bytes(floats + division.rows * 3 * padded * static_cast<int>(sizeof(float))) {}
+        numbers(division.rows * 4 * tile_bytes),
+        blocked(numbers + division.rows * padded / kWarpPositions * sizeof(QueryNumbers)),
+        bytes(static_cast<int>(blocked + division.rows * padded * sizeof(float))) {}
 
   int padded;
   unsigned tile_bytes;
-  unsigned floats;  // where they begin
+  unsigned numbers, blocked;  // where they begin
   int bytes;
 };
 
@@ -38,20 +39,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int length = a.options.length, features = a.options.features;
   const int tiles = kWhole ? 1 : a.tiles;
 
-  const Lane lane;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int of_block = a.division.row_of(warp), of_row = warp - of_block * a.division.warps;
-  const int own = of_row * kWarpPositions;
-  const uint32_t slot = blockIdx.x * a.division.rows + of_block;
-  // Of the warp's row.
-  const unsigned start = of_block * 4 * memory.tile_bytes;
-  const Side<T, kFeatures> queries = {Rows{start}, Rows{start + 3 * memory.tile_bytes}};
-  const Side<T, kFeatures> keys = {Rows{start + memory.tile_bytes},
-                                   Rows{start + 2 * memory.tile_bytes}};
-  const unsigned blocked = memory.floats + of_block * 3 * memory.padded * sizeof(float);
-  float* lse = shared_floats(blocked) + memory.padded;
-  float* delta = lse + memory.padded;
-
 #pragma unroll 1
   for (uint32_t first = blockIdx.x * a.division.rows; first < a.rows.rows; first += a.slots) {
     {
@@ -59,25 +46,37 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const uint32_t row = first + loader.row();
       const bool loads = row < a.rows.rows;
       const RowPlace place = a.rows.place(loads ? row : 0);
-      const auto load = [&](const StridedRows<T>& tensor, int number) {
+      const auto load = [&](const StridedRows<T>& tensor, int number, const auto& taken) {
         const Rows to{(loader.row() * 4 + number) * memory.tile_bytes};
-        loader.load(to, tensor, tensor.at(place), loads, 0, memory.padded, length);
+        loader.load(to, tensor, tensor.at(place), loads, 0, memory.padded, length, taken);
       };
-      load(a.q, 0);
-      load(a.k, 1);
-      load(a.v, 2);
-      load(a.grad, 3);
+      load(a.q, 0, Everything());
+      load(a.k, 1, a.options.keys(place));
+      load(a.v, 2, a.options.keys(place));
+      load(a.grad, 3, Everything());
       ptx::commit_copies();
     }
+    // What this warp computes, found anew for each row, so that it need not stay in registers.
+    const Lane lane = Lane::anew();
+    const int warp = static_cast<int>(ptx::thread_number()) / kWarp;
+    const int of_block = a.division.row_of(warp), of_row = warp - of_block * a.division.warps;
+    const int own = of_row * kWarpPositions;
+    const uint32_t slot = blockIdx.x * a.division.rows + of_block;
+    const unsigned start = of_block * 4 * memory.tile_bytes;
+    const Side<T, kFeatures> queries = {Rows{start}, Rows{start + 3 * memory.tile_bytes}};
+    const Side<T, kFeatures> keys = {Rows{start + memory.tile_bytes},
+                                     Rows{start + 2 * memory.tile_bytes}};
+    const unsigned blocked = memory.blocked + of_block * memory.padded * sizeof(float);
+    QueryNumbers* numbers = shared_numbers(
+        memory.numbers + of_block * memory.padded / kWarpPositions * sizeof(QueryNumbers));
     const uint32_t row = first + of_block;
     const bool works = slot < a.slots && row < a.rows.rows;
     const RowPlace place = a.rows.place(works ? row : 0);
     const int thread = own * 2 + lane.number, threads = a.division.warps * kWarp;
     fill_blocked(blocked, a.options, place, thread, threads, memory.padded);
-    const float* row_lse = a.lse.at(place);
     for (int i = thread; i < memory.padded; i += threads) {
-      lse[i] = base_2(row_lse, a.lse.along, i, length);
-      delta[i] = 0.0f;
+      numbers[i / kWarpPositions].read(i % kWarpPositions, a, place, i);
+      numbers[i / kWarpPositions].delta[i % kWarpPositions] = 0.0f;
     }
     ptx::wait_for_copies<0>();
     __syncthreads();
@@ -93,7 +92,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         const Side<T, kFeatures> others = keys.from(tile * kColumns);
         zero(p);
         zero(dp);
-        AsQueries::probabilities(p, mine, others, additions, own, tile * kColumns, lse + own);
+        AsQueries::probabilities(p, mine, others, additions, own, tile * kColumns,
+                                 numbers + of_row);
         AsQueries::of_probabilities(dp, mine, others, additions);
       };
       float sum[2] = {};
@@ -109,14 +109,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         sum[half] = sum_over_row(sum[half]);
-        if (lane.column() == 0) delta[own + lane.row() + 8 * half] = sum[half];
+        if (lane.column() == 0) numbers[of_row].delta[lane.row() + 8 * half] = sum[half];
       }
       __syncwarp();
       float dq[Product::kSums][4] = {};
 #pragma unroll 1
       for (int tile = 0; tile < seen; ++tile) {
         if (!kWhole) scores(tile);
-        AsQueries::of_logits(dp, p, delta + own);
+        AsQueries::of_logits(dp, p, numbers + of_row);
         if (a.dbias != nullptr) {
           add_to_bias(a.dbias + int64_t{slot} * length * length, dp, own, tile * kColumns, length);
         }
@@ -134,12 +134,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         const Side<T, kFeatures> others = queries.from(tile * kColumns);
         float p[kTiles][4] = {}, dp[kTiles][4] = {};
         AsKeys::probabilities(p, mine, others, additions, own, tile * kColumns,
-                              lse + tile * kColumns);
+                              numbers + tile * (kColumns / kWarpPositions));
         Product::accumulate(dv, p, others.second);
         if (!kWhole) __syncwarp();  // dP must not begin before: registers would not suffice
         if (kWhole) Product::store(dv, one, a.dv, a.dv.at(place), own, length, features);
         AsKeys::of_probabilities(dp, mine, others, additions);
-        AsKeys::of_logits(dp, p, delta + tile * kColumns);
+        AsKeys::of_logits(dp, p, numbers + tile * (kColumns / kWarpPositions));
         Product::accumulate(dk, dp, others.first);
       }
       if (!kWhole) Product::store(dv, one, a.dv, a.dv.at(place), own, length, features);
@@ -149,4 +149,4 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention

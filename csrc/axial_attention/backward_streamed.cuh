@@ -4,10 +4,10 @@
 
 #include "axial_attention/gradients.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 
-// The block's shared memory: two tiles of its own positions, two of the others that pass by, and
-// floats: which of all keys are left out, lse and delta of the queries at hand.
+// The block's shared memory: two tiles of its own positions, two of the others that pass by, the
+// numbers of the queries at hand, and a float for each of all keys that says if it is left out.
 template <typename T, int kFeatures, int kColumns>
 struct StreamedMemory {
   static constexpr int kRowBytes = Tile<T, kFeatures>::kRowBytes;
@@ -16,13 +16,14 @@ struct StreamedMemory {
       : own(division.warps * kWarpPositions),
         own_tiles((length + own - 1) / own),
         others(2 * own * kRowBytes),
-        floats(others + 2 * kColumns * kRowBytes),
-        bytes(floats + (own_tiles * own + 2 * queries()) * static_cast<int>(sizeof(float))) {}
+        numbers(others + 2 * kColumns * kRowBytes),
+        blocked(numbers + queries() / kWarpPositions * sizeof(QueryNumbers)),
+        bytes(static_cast<int>(blocked + own_tiles * own * sizeof(float))) {}
 
   __host__ __device__ int queries() const { return own > kColumns ? own : kColumns; }
 
   int own, own_tiles;
-  unsigned others, floats;  // where they begin
+  unsigned others, numbers, blocked;  // where they begin
   int bytes;
 };
 
@@ -44,28 +45,29 @@ class StreamedBlock {
         features(arguments.options.features) {
     const Positions own_tiles = {Rows{0}, Rows{memory.others / 2}};
     own = own_tiles;
-    others = {Rows{memory.others}, Rows{(memory.others + memory.floats) / 2}};
+    others = {Rows{memory.others}, Rows{(memory.others + memory.numbers) / 2}};
     warp = static_cast<int>(threadIdx.x) / kWarp * kWarpPositions;
-    blocked = memory.floats;
-    lse = shared_floats(blocked) + memory.own_tiles * memory.own;
-    delta = lse + memory.queries();
+    blocked = memory.blocked;
+    numbers = shared_numbers(memory.numbers);
   }
 
   __device__ void own_queries(uint32_t row, int begin, uint32_t slot) {
-    const RowPlace place = enter(row, a.q, a.grad, begin);
-    fill_delta(place, own.second, begin, memory.own);
+    const RowPlace place = enter(row);
+    load(own, place, a.q, a.grad, begin, memory.own, Everything());
+    fill_numbers(place, own.second, begin, memory.own);
     const int end = a.options.causal ? min(length, begin + memory.own) : length;
     const Additions additions(a.options, place, blocked, length % memory.own == 0);
     float dq[Product::kSums][4] = {};
 #pragma unroll 1
     for (int key = 0; key < end; key += kColumns) {
-      load(others, place, a.k, a.v, key, kColumns);
+      load(others, place, a.k, a.v, key, kColumns, a.options.keys(place));
       using AsQueries = Gradients<T, kFeatures, false>;
       const Positions mine = own.from(warp);
       float p[kTiles][4] = {}, dp[kTiles][4] = {};
-      AsQueries::probabilities(p, mine, others, additions, begin + warp, key, lse + warp);
+      AsQueries::probabilities(p, mine, others, additions, begin + warp, key,
+                               numbers + warp / kWarpPositions);
       AsQueries::of_probabilities(dp, mine, others, additions);
-      AsQueries::of_logits(dp, p, delta + warp);
+      AsQueries::of_logits(dp, p, numbers + warp / kWarpPositions);
       if (a.dbias != nullptr) {
         add_to_bias(a.dbias + int64_t{slot} * length * length, dp, begin + warp, key, length);
       }
@@ -77,21 +79,22 @@ class StreamedBlock {
   }
 
   __device__ void own_keys(uint32_t row, int begin) {
-    const RowPlace place = enter(row, a.k, a.v, begin);
+    const RowPlace place = enter(row);
+    load(own, place, a.k, a.v, begin, memory.own, a.options.keys(place));
     const Additions additions(a.options, place, blocked, length % memory.own == 0);
     float dk[Product::kSums][4] = {}, dv[Product::kSums][4] = {};
 #pragma unroll 1
     for (int query = a.options.causal ? begin / kColumns * kColumns : 0; query < length;
          query += kColumns) {
-      load(others, place, a.q, a.grad, query, kColumns);
-      fill_delta(place, others.second, query, kColumns);
+      load(others, place, a.q, a.grad, query, kColumns, Everything());
+      fill_numbers(place, others.second, query, kColumns);
       using AsKeys = Gradients<T, kFeatures, true>;
       const Positions mine = own.from(warp);
       float p[kTiles][4] = {}, dp[kTiles][4] = {};
-      AsKeys::probabilities(p, mine, others, additions, begin + warp, query, lse);
+      AsKeys::probabilities(p, mine, others, additions, begin + warp, query, numbers);
       Product::accumulate(dv, p, others.second);
       AsKeys::of_probabilities(dp, mine, others, additions);
-      AsKeys::of_logits(dp, p, delta);
+      AsKeys::of_logits(dp, p, numbers);
       Product::accumulate(dk, dp, others.first);
       __syncthreads();
     }
@@ -101,29 +104,27 @@ class StreamedBlock {
   }
 
  private:
-  // Loads the block's own positions, and which keys are left out.
-  __device__ RowPlace enter(uint32_t row, const StridedRows<T>& first, const StridedRows<T>& second,
-                            int begin) {
+  // Finds a row, and which of its keys are left out.
+  __device__ RowPlace enter(uint32_t row) {
     const RowPlace place = a.rows.place(row);
     fill_blocked(blocked, a.options, place, static_cast<int>(threadIdx.x),
                  static_cast<int>(blockDim.x), memory.own_tiles * memory.own);
-    load(own, place, first, second, begin, memory.own);
     return place;
   }
 
+  template <typename Taken>
   __device__ void load(const Positions& to, const RowPlace& place, const StridedRows<T>& first,
-                       const StridedRows<T>& second, int begin, int count) {
-    loader.load(to.first, first, first.at(place), true, begin, count, length);
-    loader.load(to.second, second, second.at(place), true, begin, count, length);
+                       const StridedRows<T>& second, int begin, int count, const Taken& taken) {
+    loader.load(to.first, first, first.at(place), true, begin, count, length, taken);
+    loader.load(to.second, second, second.at(place), true, begin, count, length, taken);
     ptx::commit_copies();
     ptx::wait_for_copies<0>();
     __syncthreads();
   }
 
-  // lse and delta of `count` queries, of which `grad` has dO: two threads to a query.
-  __device__ void fill_delta(const RowPlace& place, Rows grad, int begin, int count) {
+  // The numbers of `count` queries, of which `grad` has dO: two threads to a query.
+  __device__ void fill_numbers(const RowPlace& place, Rows grad, int begin, int count) {
     const int thread = static_cast<int>(threadIdx.x), half = thread % 2;
-    const float* row_lse = a.lse.at(place);
     const T* row_out = a.out.at(place);
     for (int i = thread / 2; i < count; i += static_cast<int>(blockDim.x) / 2) {
       const int query = begin + i;
@@ -141,8 +142,9 @@ class StreamedBlock {
       }
       sum += __shfl_xor_sync(kWholeWarp, sum, 1);
       if (half == 0) {
-        lse[i] = base_2(row_lse, a.lse.along, query, length);
-        delta[i] = sum;
+        QueryNumbers& group = numbers[i / kWarpPositions];
+        group.read(i % kWarpPositions, a, place, query);
+        group.delta[i % kWarpPositions] = sum;
       }
     }
     __syncthreads();
@@ -155,7 +157,7 @@ class StreamedBlock {
   Positions own, others;
   int warp;
   unsigned blocked;
-  float *lse, *delta;
+  QueryNumbers* numbers;
 };
 
 // The blocks that own queries come first: one for each slot and tile of positions, which goes over
@@ -177,4 +179,4 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention

@@ -14,7 +14,7 @@
 #include "common/cuda_launch.h"
 #include "common/tensors.h"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 namespace {
 
 using torch::headeronly::BFloat16;
@@ -109,7 +109,7 @@ struct Call {
   Options options() const {
     Options options;
     options.bias = bias ? bias->const_data_ptr<float>() : nullptr;
-    if (mask) options.mask = strided_rows<const bool>(*mask, grid);
+    if (mask) options.mask = strided_rows<const uint8_t>(*mask, grid);
     options.length = length();
     options.features = static_cast<int>(q.size(-1));
     options.scale = static_cast<float>(scale);
@@ -162,11 +162,12 @@ void check_alike(const Tensor& tensor, const char* name, const Tensor& q) {
 
 void check_lse(const Tensor& lse, const Tensor& q) {
   check_same_device(lse, "lse", q);
-  STD_TORCH_CHECK(lse.dim() == q.dim() - 1 && lse.scalar_type() == ScalarType::Float,
-                  "lse: expected float32 [B, *grid, heads]");
-  for (int64_t d = 0; d < lse.dim(); ++d) {
-    STD_TORCH_CHECK(lse.size(d) == q.size(d), "lse: expected size ", q.size(d), " in dimension ", d,
-                    ", got ", lse.size(d));
+  STD_TORCH_CHECK(
+      lse.dim() == q.dim() && lse.size(0) == 2 && lse.scalar_type() == ScalarType::Float,
+      "lse: expected float32 [2, B, *grid, heads]");
+  for (int64_t d = 1; d < lse.dim(); ++d) {
+    STD_TORCH_CHECK(lse.size(d) == q.size(d - 1), "lse: expected size ", q.size(d - 1),
+                    " in dimension ", d, ", got ", lse.size(d));
   }
 }
 
@@ -201,6 +202,14 @@ void run_for(const Tensor& q, const Run& run) {
   }
 }
 
+// The next smaller division of a block's work, after one that takes too much shared memory.
+Division smaller(const Division& division, int bytes, const Device& device) {
+  STD_TORCH_CHECK(division.rows > 1 || division.warps > 1, "q: expected rows that take up to ",
+                  device.shared, " bytes of shared memory, as much as this GPU has, got ", bytes);
+  return division.rows > 1 ? Division{division.rows - 1, division.warps}
+                           : Division{1, (division.warps + 1) / 2};
+}
+
 template <typename T, int kFeatures, Shape kShape, bool kWhole>
 void launch_forward(const Call& call, ForwardArguments<T>& arguments) {
   constexpr int kColumns = kShape.columns, kWarps = kShape.warps;
@@ -210,8 +219,7 @@ void launch_forward(const Call& call, ForwardArguments<T>& arguments) {
   Division division = of_short_rows(call.length(), position_bytes, kWarps);
   if (tiles > 1) division = {1, std::min(division.warps, kWarps)};
   while (Memory(division, tiles).bytes > call.device.shared) {
-    division = division.rows > 1 ? Division{division.rows - 1, division.warps}
-                                 : Division{1, (division.warps + 1) / 2};
+    division = smaller(division, Memory(division, tiles).bytes, call.device);
   }
   const Memory memory(division, tiles);
   arguments.division = division;
@@ -261,7 +269,8 @@ void forward(const Tensor q, const Tensor k, const Tensor v, std::optional<Tenso
                                      strided_rows<T>(k, grid),
                                      strided_rows<T>(v, grid),
                                      strided_rows<T>(out, grid),
-                                     strided_rows<float>(lse, grid)};
+                                     strided_rows<float>(torch::stable::select(lse, 0, 0), grid),
+                                     lse.stride(0)};
     launch_best_forward<T, kFeatures>(call, arguments);
   });
 }
@@ -350,7 +359,7 @@ void launch_streamed(const Call& call, BackwardArguments<T>& arguments,
   using Memory = StreamedMemory<T, kFeatures, kShape.columns>;
   Division division = {1, kShape.warps};
   while (Memory(division, call.length()).bytes > call.device.shared) {
-    division = {1, division.warps / 2};
+    division = smaller(division, Memory(division, call.length()).bytes, call.device);
   }
   const Memory memory(division, call.length());
   const BiasSlots slots(call, dbias, int64_t{call.device.multiprocessors} * kShape.blocks);
@@ -416,7 +425,8 @@ void backward(const Tensor grad, const Tensor q, const Tensor k, const Tensor v,
                                       strided_rows<T>(dq, grid),
                                       strided_rows<T>(dk, grid),
                                       strided_rows<T>(dv, grid),
-                                      strided_rows<float>(lse, grid),
+                                      strided_rows<float>(torch::stable::select(lse, 0, 0), grid),
+                                      lse.stride(0),
                                       nullptr,
                                       0};
     launch_best_backward<T, kFeatures>(call, arguments, dbias);
@@ -424,7 +434,7 @@ void backward(const Tensor grad, const Tensor q, const Tensor k, const Tensor v,
 }
 
 }  // namespace
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gcrl_kernels_cuda, library) {
   library.def(
@@ -437,6 +447,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gcrl_kernels_cuda, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gcrl_kernels_cuda, CUDA, library) {
-  library.impl("axial_attention", TORCH_BOX(&gcrl_kernels::forward));
-  library.impl("axial_attention_backward", TORCH_BOX(&gcrl_kernels::backward));
+  library.impl("axial_attention", TORCH_BOX(&gcrl_kernels::axial_attention::forward));
+  library.impl("axial_attention_backward", TORCH_BOX(&gcrl_kernels::axial_attention::backward));
 }

@@ -7,7 +7,7 @@
 #include "axial_attention/tiles.cuh"
 #include "common/products.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 
 template <typename T>
 struct ForwardArguments {
@@ -18,6 +18,7 @@ struct ForwardArguments {
   int key_tiles;
   StridedRows<T> q, k, v, out;
   StridedRows<float> lse;
+  int64_t residuals;  // how far they lie behind each lse
 };
 
 // The block's shared memory: the queries, one or two buffers of keys and values, and for each row
@@ -65,11 +66,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const int place = memory.queries + tile % 2 * 2 * kColumns;
     return Rows{row_start + place * Rows::kRowBytes};
   };
+  // What a key that is left out holds must not matter, were it NaN: 0 * NaN is NaN.
+  const KeyMask taken = a.options.keys(loaded);
   const auto load_keys = [&](int tile) {
     const Rows keys = buffer(loaded_start, tile);
     const int begin = tile * kColumns;
-    loader.load(keys, a.k, k_row, loads, begin, kColumns, length);
-    loader.load(keys.from(kColumns), a.v, v_row, loads, begin, kColumns, length);
+    loader.load(keys, a.k, k_row, loads, begin, kColumns, length, taken);
+    loader.load(keys.from(kColumns), a.v, v_row, loads, begin, kColumns, length, taken);
     ptx::commit_copies();
   };
   loader.load(Rows{loaded_start}, a.q, a.q.at(loaded), loads, first_query, memory.queries, length);
@@ -111,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const Rows keys = buffer(start, tile);
       float s[kTiles][4] = {};
       Product::scores(s, queries, keys, features);
-      to_logits<false>(s, additions, query, tile * kColumns, [](int, int) { return 0.0f; });
+      to_logits<false>(s, additions, query, tile * kColumns);
       float shrink[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -122,14 +125,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         }
         largest = maximum_over_row(largest);
         const float base = largest == -INFINITY ? 0.0f : largest;
-        shrink[half] = ptx::exp2(maximum[half] - base);
+        shrink[half] = exp_of_difference(maximum[half], base);
         maximum[half] = largest;
         float sum = 0.0f;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            s[n][e] = ptx::exp2(s[n][e] - base);
+            s[n][e] = exp_of_difference(s[n][e], base);
             sum += s[n][e];
           }
         }
@@ -155,12 +158,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     factor[half] = total[half] == 0.0f ? 0.0f : 1.0f / total[half];
     const int position = query + lane.row() + 8 * half;
     if (lane.column() == 0 && position < length) {
-      const float lse =
-          total[half] == 0.0f ? -INFINITY : (maximum[half] + log2f(total[half])) * kLn2;
-      a.lse.at(place)[position * a.lse.along] = lse;
+      const LogSumExp lse(maximum[half], logf(total[half]));
+      float* to = a.lse.at(place) + position * a.lse.along;
+      to[0] = lse.value;
+      to[a.residuals] = lse.residual;
     }
   }
   Product::store(sums, factor, a.out, a.out.at(place), query, length, features);
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention

@@ -6,7 +6,7 @@
 #include "axial_attention/tiles.cuh"
 #include "common/products.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 
 template <typename T>
 struct BackwardArguments {
@@ -16,8 +16,9 @@ struct BackwardArguments {
   int tiles;  // of kColumns positions in a row
   StridedRows<T> grad, q, k, v, out, dq, dk, dv;
   StridedRows<float> lse;
-  float* dbias;    // [slots, N, N], zeros at first, or null
-  uint32_t slots;  // a row adds to slot `row % slots`; the heads divide the slots
+  int64_t residuals;  // how far they lie behind each lse
+  float* dbias;       // [slots, N, N], zeros at first, or null
+  uint32_t slots;     // a row adds to slot `row % slots`; the heads divide the slots
 };
 
 // Positions of a row in shared memory: as queries, Q and dO; as keys, K and V.
@@ -28,9 +29,31 @@ struct Side {
   __device__ Side from(int position) const { return {first.from(position), second.from(position)}; }
 };
 
+// Numbers of 16 queries in shared memory, so near one another that one address leads to all: lse,
+// infinity where there is no such query or it has no key, so that its probabilities are zero; its
+// residual, in base 2; and delta = sum P dP.
+struct QueryNumbers {
+  template <typename T>
+  __device__ void read(int i, const BackwardArguments<T>& arguments, const RowPlace& place,
+                       int query) {
+    const StridedRows<float>& saved = arguments.lse;
+    const bool exists = query < arguments.options.length;
+    const float* from = saved.at(place) + query * saved.along;
+    const float value = exists ? from[0] : -INFINITY;
+    lse[i] = value == -INFINITY ? INFINITY : value;
+    residual[i] = exists ? from[arguments.residuals] * kLog2E : 0.0f;
+  }
+
+  float lse[kWarpPositions], residual[kWarpPositions], delta[kWarpPositions];
+};
+
+__device__ __forceinline__ QueryNumbers* shared_numbers(unsigned start) {
+  return reinterpret_cast<QueryNumbers*>(ptx::shared_memory() + start);
+}
+
 // A warp's 16 positions, its own, against 8 kTiles others of the same row. Its own are queries and
-// the others keys, or with kOwnKeys the reverse, and everything is transposed. The numbers lse, in
-// base 2, and delta = sum P dP lie in shared memory, beginning with the first query at hand.
+// the others keys, or with kOwnKeys the reverse, and everything is transposed. The numbers of the
+// queries begin with the first one at hand.
 template <typename T, int kFeatures, bool kOwnKeys>
 struct Gradients {
   using Product = Products<T, kFeatures>;
@@ -41,14 +64,19 @@ struct Gradients {
   static __device__ __forceinline__ void probabilities(float (&p)[kTiles][4], const Positions& own,
                                                        const Positions& others,
                                                        const Additions& additions, int own_begin,
-                                                       int others_begin, const float* lse) {
+                                                       int others_begin,
+                                                       const QueryNumbers* numbers) {
     Product::scores(p, own.first, others.first, additions.features);
-    const auto minus = [&](int n, int e) { return lse[query(n, e)]; };
-    to_logits<kOwnKeys>(p, additions, own_begin, others_begin, minus);
+    to_logits<kOwnKeys>(p, additions, own_begin, others_begin);
+    const Place place;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) p[n][e] = ptx::exp2(p[n][e]);
+      for (int e = 0; e < 4; ++e) {
+        const QueryNumbers& from = numbers[place.group(n)];
+        const int i = place.in_group(n, e);
+        p[n][e] = probability(p[n][e], from.lse[i], from.residual[i]);
+      }
     }
   }
 
@@ -65,26 +93,37 @@ struct Gradients {
   template <int kTiles>
   static __device__ __forceinline__ void of_logits(float (&dp)[kTiles][4],
                                                    const float (&p)[kTiles][4],
-                                                   const float* delta) {
+                                                   const QueryNumbers* numbers) {
+    const Place place;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) dp[n][e] = p[n][e] * (dp[n][e] - delta[query(n, e)]);
+      for (int e = 0; e < 4; ++e)
+        dp[n][e] = p[n][e] * (dp[n][e] - numbers[place.group(n)].delta[place.in_group(n, e)]);
     }
   }
 
  private:
-  static __device__ int query(int n, int e) {
-    const Lane lane;
-    return kOwnKeys ? 8 * n + lane.column() + e % 2 : lane.row() + e / 2 * 8;
-  }
+  // Where the query of score (n, e) is: among the groups of 16, and in its group.
+  struct Place {
+    __device__ Place() {
+      const Lane lane = Lane::anew();
+      first = kOwnKeys ? lane.column() : lane.row();
+    }
+    static constexpr int group(int n) { return kOwnKeys ? n / 2 : 0; }
+    __device__ int in_group(int n, int e) const {
+      return first + (kOwnKeys ? n % 2 * 8 + e % 2 : e / 2 * 8);
+    }
+
+    int first;
+  };
 };
 
 // Adds dS of a warp's queries to the gradient of the bias, [N, N].
 template <int kTiles>
 __device__ __forceinline__ void add_to_bias(float* dbias, const float (&ds)[kTiles][4], int query,
                                             int key, int length) {
-  const Lane lane;
+  const Lane lane = Lane::anew();
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -93,13 +132,6 @@ __device__ __forceinline__ void add_to_bias(float* dbias, const float (&ds)[kTil
       if (i < length && j < length) dbias[i * length + j] += ds[n][e];
     }
   }
-}
-
-// The lse of a query in base 2; infinity where there is no such query, or it has no key, so that
-// its probabilities are zero.
-__device__ __forceinline__ float base_2(const float* lse, int64_t along, int query, int length) {
-  const float value = query < length ? lse[query * along] : -INFINITY;
-  return value == -INFINITY ? INFINITY : value * kLog2E;
 }
 
 // dbias [heads, N, N]: the sum of its slots, in their order.
@@ -112,4 +144,4 @@ static __global__ void sum_slots(const float* slots, uint32_t count, int heads, 
   dbias[i] = sum;
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention

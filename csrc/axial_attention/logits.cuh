@@ -5,17 +5,18 @@
 
 #include "axial_attention/tiles.cuh"
 #include "common/ptx.cuh"
+#include "common/softmax.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 
-inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr float kLn2 = 0.6931471805599453f;
-
-// What all rows of a call have in common. Exponentials are powers of two: log2(e) is part of the
-// scale and of the bias.
+// What all rows of a call have in common.
 struct Options {
-  const float* bias;             // [heads, N, N], or null
-  StridedRows<const bool> mask;  // no data: every key may be attended to
+  __device__ KeyMask keys(const RowPlace& place) const {
+    return {mask.data == nullptr ? nullptr : mask.at(place), mask.along};
+  }
+
+  const float* bias;                // [heads, N, N], or null
+  StridedRows<const uint8_t> mask;  // no data: every key may be attended to
   int length, features;
   float scale;
   bool causal;
@@ -36,7 +37,7 @@ struct Additions {
       : blocked(blocked_keys),
         length(options.length),
         features(options.features),
-        scale(options.scale * kLog2E),
+        scale(options.scale),
         causal(options.causal),
         leaves_out(!whole || options.causal || options.mask.data != nullptr) {
     const int64_t size = int64_t{length} * length;
@@ -48,19 +49,19 @@ __device__ __forceinline__ float* shared_floats(unsigned start) {
   return reinterpret_cast<float*>(ptx::shared_memory() + start);
 }
 
-// Scores to logits in base 2 less `minus(n, e)`, in their place: scale, bias, mask and causality.
-// The tile begins at `row` and `column`; its rows are queries and its columns keys, or with
-// kTransposed the reverse.
-template <bool kTransposed, int kTiles, typename Minus>
+// Scores to logits, in their place: scale, bias, mask and causality. They are rounded in the same
+// way each time. The tile begins at `row` and `column`; its rows are queries and its columns keys,
+// or with kTransposed the reverse.
+template <bool kTransposed, int kTiles>
 __device__ __forceinline__ void to_logits(float (&s)[kTiles][4], const Additions& additions,
-                                          int row, int column, const Minus& minus) {
-  const Lane lane;
+                                          int row, int column) {
+  const Lane lane = Lane::anew();
   row += lane.row();
   column += lane.column();
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) s[n][e] = fmaf(s[n][e], additions.scale, -minus(n, e));
+    for (int e = 0; e < 4; ++e) s[n][e] = ptx::multiply(s[n][e], additions.scale);
   }
   if (additions.bias != nullptr) {
 #pragma unroll
@@ -70,7 +71,7 @@ __device__ __forceinline__ void to_logits(float (&s)[kTiles][4], const Additions
         const int r = row + e / 2 * 8, c = column + 8 * n + e % 2;
         if (r < additions.length && c < additions.length) {
           const int at = kTransposed ? c * additions.length + r : r * additions.length + c;
-          s[n][e] = fmaf(additions.bias[at], kLog2E, s[n][e]);
+          s[n][e] += additions.bias[at];
         }
       }
     }
@@ -94,12 +95,11 @@ __device__ __forceinline__ void to_logits(float (&s)[kTiles][4], const Additions
 __device__ __forceinline__ void fill_blocked(unsigned blocked, const Options& options,
                                              const RowPlace& place, int thread, int threads,
                                              int padded) {
-  const bool* mask = options.mask.data == nullptr ? nullptr : options.mask.at(place);
+  const KeyMask keys = options.keys(place);
   for (int key = thread; key < padded; key += threads) {
-    bool allowed = key < options.length;
-    if (allowed && mask != nullptr) allowed = mask[key * options.mask.along];
+    const bool allowed = key < options.length && keys(key);
     shared_floats(blocked)[key] = allowed ? 0.0f : -INFINITY;
   }
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention

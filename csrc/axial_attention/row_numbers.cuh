@@ -4,7 +4,7 @@
 
 #include "axial_attention/grid.h"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 
 // Divides numbers below 2^31 by one that is known at the launch.
 class Divider {
@@ -74,4 +74,4 @@ struct StridedRows {
   }
 };
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention

@@ -5,7 +5,7 @@
 #include "axial_attention/row_numbers.cuh"
 #include "common/tiles.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::axial_attention {
 
 // How a block divides its work: `rows` rows side by side, `warps` warps for each of them, and 16
 // positions of the row for each warp.
@@ -25,6 +25,18 @@ struct Division {
 
   int rows = 1, warps = 1;
   Divider by_rows, by_warps;
+};
+
+// Which keys of a row may be attended to; any byte but zero stands for True.
+struct KeyMask {
+  __device__ bool operator()(int key) const { return data == nullptr || data[key * along] != 0; }
+
+  const uint8_t* data;  // null: all
+  int64_t along;
+};
+
+struct Everything {
+  __device__ bool operator()(int /*position*/) const { return true; }
 };
 
 // Loads a block's rows: neighbouring threads load neighbouring chunks of a position, then the same
@@ -47,12 +59,15 @@ class Loader {
   __device__ int row() const { return row_; }
 
   // Copies positions begin to begin + count of a row into a tile; zeros stand for positions from
-  // `length` on, and for features that the row lacks. There after the wait for the copies.
+  // `length` on, for those that are not `taken`, and for features that the row lacks. There after
+  // the wait for the copies.
+  template <typename Taken = Everything>
   __device__ void load(Tile<T, kFeatures> tile, const StridedRows<T>& tensor, const T* row,
-                       bool exists, int begin, int count, int length) const {
+                       bool exists, int begin, int count, int length,
+                       const Taken& taken = {}) const {
 #pragma unroll 1
     for (int i = first_; i < count; i += step_) {
-      const bool inside = exists && filled_ && begin + i < length;
+      const bool inside = exists && filled_ && begin + i < length && taken(begin + i);
       const T* from = inside ? row + (begin + i) * tensor.along + chunk_ * kChunk<T> : tensor.data;
       if (tensor.wide) {
         ptx::copy_async(tile.chunk(i, chunk_), from, inside);
@@ -73,4 +88,4 @@ class Loader {
   bool filled_;
 };
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::axial_attention

@@ -12,7 +12,7 @@
 #include "common/cuda_launch.h"
 #include "common/tensors.h"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::color_cross_entropy {
 namespace {
 
 using torch::headeronly::BFloat16;
@@ -79,6 +79,14 @@ void check_positions(const Tensor& tensor, const char* name, ScalarType type, co
   if (contiguous) check_contiguous(tensor, name);
 }
 
+void check_lse(const Tensor& lse, const Tensor& logits) {
+  check_same_device(lse, "lse", logits);
+  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float, "lse: unexpected dtype");
+  STD_TORCH_CHECK(lse.dim() == 2 && lse.size(0) == 2 && lse.size(1) == logits.size(0) &&
+                      (lse.size(1) <= 1 || lse.stride(1) == 1),
+                  "lse: expected two rows of a number for each of ", logits.size(0), " positions");
+}
+
 template <typename T>
 Logits<T> as_logits(const Tensor& tensor) {
   Logits<T> logits;
@@ -105,10 +113,10 @@ Smoothing smoothing_of(double label_smoothing, double z_loss) {
   return {static_cast<float>(label_smoothing), static_cast<float>(z_loss)};
 }
 
-const bool* mask_of(const std::optional<Tensor>& mask, const Tensor& logits) {
+const uint8_t* mask_of(const std::optional<Tensor>& mask, const Tensor& logits) {
   if (!mask) return nullptr;
   check_positions(*mask, "mask", ScalarType::Bool, logits);
-  return mask->const_data_ptr<bool>();
+  return mask_bytes(*mask);
 }
 
 // Calls a function object's run<T, kWidth>() for the dtype of logits.
@@ -169,7 +177,7 @@ void forward(const Tensor logits, const Tensor pixels, std::optional<Tensor> pal
   check_logits(logits);
   check_positions(loss, "loss", ScalarType::Float, logits);
   check_positions(z_term, "z_term", ScalarType::Float, logits);
-  if (lse) check_positions(*lse, "lse", ScalarType::Float, logits);
+  if (lse) check_lse(*lse, logits);
   if (tokens) check_positions(*tokens, "tokens", ScalarType::Long, logits);
   if (gradient) check_gradient(*gradient, logits);
   if (logits.size(0) == 0) return;
@@ -186,6 +194,7 @@ void forward(const Tensor logits, const Tensor pixels, std::optional<Tensor> pal
       arguments.loss = loss.mutable_data_ptr<float>();
       arguments.z_term = z_term.mutable_data_ptr<float>();
       arguments.lse = lse ? lse->mutable_data_ptr<float>() : nullptr;
+      arguments.lse_residuals = lse ? lse->stride(0) : 0;
       arguments.tokens = tokens ? tokens->mutable_data_ptr<int64_t>() : nullptr;
       const int64_t rows_of_block = int64_t{kBlockThreads} / arguments.lanes * kRepeats;
       launch(softmax_forward<T, kWidth, Targets>,
@@ -201,7 +210,7 @@ void backward(const Tensor grad, const Tensor logits, const Tensor tokens,
   check_logits(logits);
   check_positions(grad, "grad", ScalarType::Float, logits, false);
   check_positions(tokens, "tokens", ScalarType::Long, logits);
-  check_positions(lse, "lse", ScalarType::Float, logits);
+  check_lse(lse, logits);
   check_gradient(gradient, logits);
   if (logits.size(0) == 0) return;
   run_for_logits(logits, gradient, [&]<typename T, int kWidth>() {
@@ -217,6 +226,7 @@ void backward(const Tensor grad, const Tensor logits, const Tensor tokens,
     arguments.grad_stride = grad.stride(0);
     arguments.tokens = tokens.const_data_ptr<int64_t>();
     arguments.lse = lse.const_data_ptr<float>();
+    arguments.lse_residuals = lse.stride(0);
     launch(softmax_backward<T, kWidth>,
            {dim3(blocks_for(arguments.rows, kBlockThreads / arguments.lanes)), dim3(kBlockThreads)},
            logits, arguments);
@@ -224,7 +234,7 @@ void backward(const Tensor grad, const Tensor logits, const Tensor tokens,
 }
 
 }  // namespace
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::color_cross_entropy
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gcrl_kernels_cuda, library) {
   library.def("quantize_colors(Tensor pixels, Tensor palette) -> Tensor");
@@ -238,7 +248,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gcrl_kernels_cuda, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gcrl_kernels_cuda, CUDA, library) {
-  library.impl("quantize_colors", TORCH_BOX(&gcrl_kernels::quantize_colors));
-  library.impl("color_cross_entropy", TORCH_BOX(&gcrl_kernels::forward));
-  library.impl("color_cross_entropy_backward", TORCH_BOX(&gcrl_kernels::backward));
+  library.impl("quantize_colors", TORCH_BOX(&gcrl_kernels::color_cross_entropy::quantize_colors));
+  library.impl("color_cross_entropy", TORCH_BOX(&gcrl_kernels::color_cross_entropy::forward));
+  library.impl("color_cross_entropy_backward",
+               TORCH_BOX(&gcrl_kernels::color_cross_entropy::backward));
 }

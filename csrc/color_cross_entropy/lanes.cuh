@@ -6,7 +6,7 @@
 #include "color_cross_entropy/nearest_color.cuh"
 #include "common/ptx.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::color_cross_entropy {
 
 inline constexpr int kBlockThreads = 256;
 inline constexpr int kWarpLanes = 32;
@@ -64,4 +64,4 @@ static __device__ __forceinline__ float maximum_over(float value, const Lanes& l
   return over_lanes(value, lanes, [](float a, float b) { return fmaxf(a, b); });
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::color_cross_entropy

@@ -7,7 +7,7 @@
 #include "color_cross_entropy/lanes.cuh"
 #include "common/ptx.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::color_cross_entropy {
 
 inline constexpr int kHeld = 16;  // of a row's logits in a thread's registers
 inline constexpr int kMostLogits = kHeld * kBlockThreads;
@@ -93,4 +93,4 @@ struct Part {
   T narrow[kWidth > 1 ? 1 : kPieces];
 };
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::color_cross_entropy

@@ -5,7 +5,7 @@
 
 #include "color_cross_entropy/exact_in_float32.h"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::color_cross_entropy {
 
 inline constexpr int kThreads = 128;
 inline constexpr int kPixels = 4;    // of a thread, held in registers while the palette passes by
@@ -82,12 +82,9 @@ struct Search {
     }
   }
 
-  // -1 for a pixel with a NaN.
+  // -1 for a pixel from which no colour is at a finite distance, such as one with a NaN.
   __device__ int32_t index(int p) const {
-    bool nan = false;
-#pragma unroll
-    for (int c = 0; c < 3; ++c) nan |= pixel[p][c] != pixel[p][c];
-    return nan ? -1 : nearest[p].index;
+    return nearest[p].distance < Metric<Distance>::infinity() ? nearest[p].index : -1;
   }
 
   Distance pixel[kPixels][3];
@@ -141,4 +138,4 @@ static __global__ void __launch_bounds__(kThreads)
   }
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::color_cross_entropy

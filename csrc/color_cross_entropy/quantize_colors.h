@@ -13,8 +13,8 @@ namespace gcrl_kernels {
 // The dtypes of pixels and palette that quantize_colors takes.
 enum class ColorTypes { kUint8, kFloat32, kFloat64 };
 
-inline ColorTypes check_colors(const torch::stable::Tensor& pixels,
-                               const torch::stable::Tensor& palette) {
+static inline ColorTypes check_colors(const torch::stable::Tensor& pixels,
+                                      const torch::stable::Tensor& palette) {
   using torch::headeronly::ScalarType;
   check_contiguous(pixels, "pixels");
   check_contiguous(palette, "palette");
@@ -35,7 +35,7 @@ inline ColorTypes check_colors(const torch::stable::Tensor& pixels,
 }
 
 // int64 [...] for pixels [..., 3], uninitialised.
-inline torch::stable::Tensor new_indices(const torch::stable::Tensor& pixels) {
+static inline torch::stable::Tensor new_indices(const torch::stable::Tensor& pixels) {
   const auto sizes = pixels.sizes();
   return torch::stable::new_empty(pixels, sizes.slice(0, sizes.size() - 1),
                                   torch::headeronly::ScalarType::Long);

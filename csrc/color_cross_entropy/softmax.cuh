@@ -4,12 +4,12 @@
 #include <cstdint>
 
 #include "color_cross_entropy/logits.cuh"
+#include "common/softmax.cuh"
 
 // The softmax cross-entropy of rows of logits and its gradient; the formulas are in reference.py. A
 // row is held in registers between its one reading and its one writing.
-namespace gcrl_kernels {
+namespace gcrl_kernels::color_cross_entropy {
 
-inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr int kRepeats = kPixels;  // rows that a thread takes part in, one after another
 
 struct Smoothing {
@@ -19,23 +19,25 @@ struct Smoothing {
 template <typename T>
 struct SoftmaxArguments {
   Logits<T> logits, gradient;  // the gradient may be the logits; none where its data is null
-  const bool* mask;            // [M], or null
+  const uint8_t* mask;         // [M], or null
   Smoothing smoothing;
   int64_t rows;
   int colors, lanes;
-  float *loss, *z_term, *lse;  // [M]; lse and tokens may be null
-  int64_t* tokens;
+  float *loss, *z_term;   // [M]
+  float* lse;             // [2, M], or null
+  int64_t lse_residuals;  // how far they lie behind each lse
+  int64_t* tokens;        // [M], or null
 };
 
 template <typename T>
 struct GradientArguments {
   Logits<T> logits, gradient;
-  const bool* mask;
+  const uint8_t* mask;
   Smoothing smoothing;
   int64_t rows;
   int colors, lanes;
   const float *grad, *lse;
-  int64_t grad_stride;
+  int64_t grad_stride, lse_residuals;  // how far these lie behind each lse
   const int64_t* tokens;
 };
 
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWidth == 8 ? 3 : 2)
     return int64_t{blockIdx.x} * lanes.groups() * kRepeats + lanes.group;
   };
   const auto counts = [&](int64_t row) {
-    return row < a.rows && (a.mask == nullptr || a.mask[row]);
+    return row < a.rows && (a.mask == nullptr || a.mask[row] != 0);
   };
   Part<T, kWidth> part;
   int32_t found[kRepeats];
@@ -157,14 +159,15 @@ __global__ void __launch_bounds__(kBlockThreads, kWidth == 8 ? 3 : 2)
       const float value = values[i] - highest;
       if (column == target) at_target = value;
       if (column < a.colors) sum += value;
-      values[i] = ptx::exp2(value * kLog2E);
+      values[i] = exp_of_difference(values[i], highest);
       total += values[i];
     }
     total = sum_over(total, lanes);
     at_target = sum_over(at_target, lanes);
     const Smoothing smoothing = a.smoothing;
-    const float log_total = logf(total), lse = highest + log_total;
-    const float z_term = smoothing.z_loss * lse * lse;
+    const float log_total = logf(total);
+    const LogSumExp lse(highest, log_total);
+    const float z_term = smoothing.z_loss * lse.value * lse.value;
     float loss = log_total - (1.0f - smoothing.label_smoothing) * at_target + z_term;
     if (smoothing.label_smoothing != 0.0f) {
       loss -= smoothing.label_smoothing / static_cast<float>(a.colors) * sum_over(sum, lanes);
@@ -172,11 +175,14 @@ __global__ void __launch_bounds__(kBlockThreads, kWidth == 8 ? 3 : 2)
     if (lanes.number == 0 && row < a.rows) {
       a.loss[row] = !counted ? 0.0f : valid ? loss : NAN;
       a.z_term[row] = counted ? z_term : 0.0f;
-      if (a.lse != nullptr) a.lse[row] = counted ? lse : 0.0f;
+      if (a.lse != nullptr) {
+        a.lse[row] = counted ? lse.value : 0.0f;
+        a.lse[row + a.lse_residuals] = counted ? lse.residual : 0.0f;
+      }
       if (a.tokens != nullptr) a.tokens[row] = target;
     }
     if (a.gradient.data == nullptr || row >= a.rows) continue;
-    const float scale = (1.0f + 2.0f * smoothing.z_loss * lse) / total;
+    const float scale = (1.0f + 2.0f * smoothing.z_loss * lse.value) / total;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) values[i] *= scale;
     subtract_target<T, kWidth>(values, target, valid ? 1.0f : NAN, counted, a.colors, lanes,
@@ -186,25 +192,26 @@ __global__ void __launch_bounds__(kBlockThreads, kWidth == 8 ? 3 : 2)
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kBlockThreads, 3)
+__global__ void __launch_bounds__(kBlockThreads, kWidth == 8 ? 6 : 3)
     softmax_backward(const GradientArguments<T> arguments) {
   const auto& a = arguments;
   const Lanes lanes(a.lanes);
   const int64_t row = int64_t{blockIdx.x} * lanes.groups() + lanes.group;
   if (row >= a.rows) return;
-  const bool counted = a.mask == nullptr || a.mask[row];
+  const bool counted = a.mask == nullptr || a.mask[row] != 0;
   Part<T, kWidth> part;
   part.load(a.logits, row, a.colors, lanes, counted);
   const int32_t target = valid_token(a.tokens[row], a.colors);
-  const float lse = a.lse[row], grad = a.grad[row * a.grad_stride];
+  const float lse = a.lse[row], residual_2 = a.lse[row + a.lse_residuals] * kLog2E;
+  const float grad = a.grad[row * a.grad_stride];
   const float factor = 1.0f + 2.0f * a.smoothing.z_loss * lse;
   float values[kHeld];
   part.widen(values, a.colors, lanes, counted);
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) values[i] = ptx::exp2((values[i] - lse) * kLog2E) * factor;
+  for (int i = 0; i < kHeld; ++i) values[i] = probability(values[i], lse, residual_2) * factor;
   subtract_target<T, kWidth>(values, target, target >= 0 ? grad : NAN, counted, a.colors, lanes,
                              a.smoothing);
   Part<T, kWidth>::store(values, a.gradient, row, a.colors, lanes);
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::color_cross_entropy

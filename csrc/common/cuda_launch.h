@@ -23,10 +23,11 @@ struct Blocks {
   int shared = 0;
 };
 
-// Launches a kernel on the device of a tensor, in PyTorch's current stream there.
+// Launches a kernel on the device of a tensor, in PyTorch's current stream there. Each file has
+// its own, so that kernels whose parameters' types have one name are not taken for one another.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), const Blocks& blocks, const torch::stable::Tensor& where,
-            Arguments&&... arguments) {
+static void launch(void (*kernel)(Parameters...), const Blocks& blocks,
+                   const torch::stable::Tensor& where, Arguments&&... arguments) {
   const auto device = where.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
@@ -42,13 +43,7 @@ void launch(void (*kernel)(Parameters...), const Blocks& blocks, const torch::st
 
 // Of the device of a tensor.
 struct Device {
-  explicit Device(const torch::stable::Tensor& where) {
-    const auto device = where.get_device_index();
-    STD_CUDA_CHECK(
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    STD_CUDA_CHECK(
-        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  }
+  explicit Device(const torch::stable::Tensor& where);
 
   int multiprocessors, shared;  // bytes of shared memory that a block may ask for
 };

@@ -91,6 +91,9 @@ __device__ __forceinline__ uint32_t pack<torch::headeronly::Half>(float low, flo
   return packed;
 }
 
+// The rounded product, which is never made one with a sum that it is part of.
+static __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+
 // 2^x to about two units in the last place; minus infinity gives 0.
 static __device__ __forceinline__ float exp2(float x) {
   float power;

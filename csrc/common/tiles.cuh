@@ -36,11 +36,16 @@ struct Tile {
 
 // A thread's place in its warp, and in the accumulators of a product.
 struct Lane {
-  __device__ Lane() : number(static_cast<int>(threadIdx.x) % kWarp) {}
+  __device__ Lane() : Lane(threadIdx.x) {}
+  // Read anew, so that what follows from it need not stay in registers.
+  static __device__ Lane anew() { return Lane(ptx::thread_number()); }
   __device__ int row() const { return number / 4; }         // and 8 more
   __device__ int column() const { return number % 4 * 2; }  // and the next
 
   int number;
+
+ private:
+  explicit __device__ Lane(unsigned thread) : number(static_cast<int>(thread % kWarp)) {}
 };
 
 template <int kTiles>

@@ -4,7 +4,7 @@
 
 #include "contrastive/weights.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::contrastive {
 
 // The rows' gradients, those before `split` in the first tensor; contiguous.
 template <typename T>
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
   const int64_t row[2] = {begin + lane.row(), begin + lane.row() + 8};
   const bool one_exponential = a.common->one_exponential;
   const float middle = a.common->middle;
-  float factor[2], weight[2], lse[2], rest[2] = {}, push[2] = {}, all[2] = {}, anchored[2] = {};
+  float factor[2], weight[2], lse[2], residual[2] = {}, push[2] = {}, all[2] = {}, anchored[2] = {};
   int32_t row_class[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     factor[half] = number_at(a.rows.factor, row[half], own.count) * a.scale();
     weight[half] = number_at(one_exponential ? own.weight : own.pull, row[half], own.count);
     lse[half] = one_exponential ? middle : number_at(own.lse, row[half], own.count);
-    if (!one_exponential && own.lse_rest)
-      rest[half] = number_at(own.lse_rest, row[half], own.count);
+    if (!one_exponential)
+      residual[half] = number_at(own.lse_residual, row[half], own.count) * kLog2E;
     if (own.push) push[half] = number_at(own.push, row[half], own.count);
     if (own.classes) row_class[half] = number_at(own.classes, row[half], own.count);
   }
@@ -83,16 +83,16 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& number = s[n][2 * half + i];
-          const float product = number, score = product * (factor[half] * column_factor);
+          const float product = number;
+          const float score = ptx::multiply(product, factor[half] * column_factor);
           float w;
           if (one_exponential) {
             w = exp_of_difference(score, middle) * (weight[half] + column_weight);
           } else {
-            w = weight[half] * ptx::exp2(((score - lse[half]) - rest[half]) * kLog2e);
+            w = weight[half] * probability(score, lse[half], residual[half]);
             if (j < anchors) {
-              const float column_rest = others.lse_rest ? others.lse_rest[column + j] : 0.0f;
-              w += column_weight *
-                   ptx::exp2(((score - others.lse[column + j]) - column_rest) * kLog2e);
+              const float column_residual = others.lse_residual[column + j] * kLog2E;
+              w += column_weight * probability(score, others.lse[column + j], column_residual);
             }
           }
           if (!rules[half].candidate(j)) w = 0.0f;
@@ -163,4 +163,4 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
   }
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::contrastive

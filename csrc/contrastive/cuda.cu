@@ -11,7 +11,7 @@
 #include "contrastive/backward.cuh"
 #include "contrastive/forward.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::contrastive {
 namespace {
 
 using torch::headeronly::BFloat16;
@@ -131,13 +131,14 @@ class Batch {
   Packed<T> packed_;
 };
 
-// As many warps to a block as have rows, and leave work for every multiprocessor where each block
-// of rows is `times` blocks.
-int warps_for(int64_t rows, int64_t times, const Device& device) {
+// As many warps to a block as have rows and shared memory, and leave work for every multiprocessor
+// where each block of rows is `times` blocks.
+template <typename T>
+int warps_for(int64_t rows, int width, int64_t times, const Device& device) {
   int warps = kMostWarps;
   const auto blocks = [&] { return (rows + warps * kWarpRows - 1) / (warps * kWarpRows); };
-  while (warps > 2 &&
-         (rows <= warps / 2 * kWarpRows || blocks() * times < device.multiprocessors)) {
+  while (warps > 2 && (rows <= warps / 2 * kWarpRows || blocks() * times < device.multiprocessors ||
+                       Steps<T>::shared_bytes(width, warps) > device.shared)) {
     warps /= 2;
   }
   return warps;
@@ -145,10 +146,11 @@ int warps_for(int64_t rows, int64_t times, const Device& device) {
 
 template <typename T>
 void launch_forward(const ForwardArguments<T>& arguments, const Tensor& where) {
-  const Device device(where);
   const int64_t rows = arguments.meeting.rows;
-  const int warps = warps_for(rows, 1, device);
-  const int shared = Steps<T>::shared_bytes(arguments.rows.width, warps);
+  if (rows == 0) return;
+  const int width = arguments.rows.width;
+  const int warps = warps_for<T>(rows, width, 1, Device(where));
+  const int shared = Steps<T>::shared_bytes(width, warps);
   launch(contrast_forward<T>,
          {dim3(blocks_for(rows, warps * kWarpRows)), dim3(warps * kWarp), shared}, where,
          arguments);
@@ -156,13 +158,13 @@ void launch_forward(const ForwardArguments<T>& arguments, const Tensor& where) {
 
 template <typename T, int kValues>
 void launch_backward(BackwardArguments<T>& arguments, const Tensor& where) {
-  const Device device(where);
   const int64_t rows = arguments.meeting.rows;
-  const int steps = Steps<T>::count(arguments.rows.width);
-  arguments.feature_blocks = (steps + kValues - 1) / kValues;
-  const int warps = warps_for(rows, arguments.feature_blocks, device);
+  if (rows == 0) return;
+  const int width = arguments.rows.width;
+  arguments.feature_blocks = (Steps<T>::count(width) + kValues - 1) / kValues;
+  const int warps = warps_for<T>(rows, width, arguments.feature_blocks, Device(where));
   const int64_t row_blocks = blocks_for(rows, warps * kWarpRows);
-  const int shared = Steps<T>::shared_bytes(arguments.rows.width, warps);
+  const int shared = Steps<T>::shared_bytes(width, warps);
   launch(contrast_backward<T, kValues>,
          {dim3(blocks_for(row_blocks * arguments.feature_blocks, 1)), dim3(warps * kWarp), shared},
          where, arguments);
@@ -238,7 +240,7 @@ void forward(const Tensor z0, std::optional<Tensor> z1, std::optional<Tensor> ne
     arguments.share = floats_of(share, "share", anchors, z0);
     arguments.losses = floats_of(losses, "losses", anchors, z0);
     arguments.lse = floats_of(lse, "lse", 2 * anchors, z0);
-    arguments.lse_rest = arguments.lse + anchors;
+    arguments.lse_residual = arguments.lse + anchors;
     launch_forward(arguments, z0);
   });
 }
@@ -256,7 +258,7 @@ void backward(const Tensor grad, const Tensor z0, std::optional<Tensor> z1,
   const Tensor weights = torch::stable::new_empty(grad, {3, count});
   Anchors anchors = {};
   anchors.lse = floats_of(lse, "lse", 2 * count, z0);
-  anchors.lse_rest = anchors.lse + count;
+  anchors.lse_residual = anchors.lse + count;
   anchors.grad = floats_of(grad, "grad", count, z0);
   anchors.share = floats_of(share, "share", count, z0);
   anchors.classes = numbers_of<int32_t>(classes, "classes", ScalarType::Int, count, z0);
@@ -321,8 +323,9 @@ void block_lse(const Tensor rows, const Tensor columns, std::optional<Tensor> sc
   arguments.columns = blocks.columns();
   arguments.meeting = blocks.meeting(0);
   arguments.scale = scale_of(scale, scale_value, rows);
-  arguments.lse = floats_of(lse, "lse", rows.size(0), rows);
-  if (rows.size(0) > 0) launch_forward(arguments, rows);
+  arguments.lse = floats_of(lse, "lse", 2 * rows.size(0), rows);
+  arguments.lse_residual = arguments.lse + rows.size(0);
+  launch_forward(arguments, rows);
 }
 
 void block_gradient(const Tensor rows, const Tensor row_lse, const Tensor row_grad,
@@ -336,14 +339,16 @@ void block_gradient(const Tensor rows, const Tensor row_lse, const Tensor row_gr
   const int64_t count = rows.size(0), anchors = column_lse && column_grad ? columns.size(0) : 0;
   const Tensor weights = torch::stable::new_empty(rows, {2 * (count + anchors)}, ScalarType::Float);
   Anchors own = {}, others = {};
-  own.lse = floats_of(row_lse, "row_lse", count, rows);
+  own.lse = floats_of(row_lse, "row_lse", 2 * count, rows);
+  own.lse_residual = own.lse + count;
   own.grad = floats_of(row_grad, "row_grad", count, rows);
   own.count = count;
   own.pull = weights.mutable_data_ptr<float>();
   own.weight = own.pull + count;
   others.count = anchors;
   if (anchors > 0) {
-    others.lse = floats_of(column_lse, "column_lse", anchors, rows);
+    others.lse = floats_of(column_lse, "column_lse", 2 * anchors, rows);
+    others.lse_residual = others.lse + anchors;
     others.grad = floats_of(column_grad, "column_grad", anchors, rows);
   }
   others.pull = own.weight + count;
@@ -361,7 +366,7 @@ void block_gradient(const Tensor rows, const Tensor row_lse, const Tensor row_gr
 }
 
 }  // namespace
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::contrastive
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gcrl_kernels_cuda, library) {
   library.def(
@@ -382,8 +387,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gcrl_kernels_cuda, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gcrl_kernels_cuda, CUDA, library) {
-  library.impl("contrast", TORCH_BOX(&gcrl_kernels::forward));
-  library.impl("contrast_backward", TORCH_BOX(&gcrl_kernels::backward));
-  library.impl("contrast_block_lse", TORCH_BOX(&gcrl_kernels::block_lse));
-  library.impl("contrast_block_gradient", TORCH_BOX(&gcrl_kernels::block_gradient));
+  library.impl("contrast", TORCH_BOX(&gcrl_kernels::contrastive::forward));
+  library.impl("contrast_backward", TORCH_BOX(&gcrl_kernels::contrastive::backward));
+  library.impl("contrast_block_lse", TORCH_BOX(&gcrl_kernels::contrastive::block_lse));
+  library.impl("contrast_block_gradient", TORCH_BOX(&gcrl_kernels::contrastive::block_gradient));
 }

@@ -6,7 +6,7 @@
 #include "common/ptx.cuh"
 #include "common/tiles.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::contrastive {
 
 inline constexpr float kLeastNorm = 1e-12f;  // that a vector is divided by
 
@@ -65,4 +65,4 @@ __global__ void __launch_bounds__(kPackThreads)
   }
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::contrastive

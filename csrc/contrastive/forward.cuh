@@ -5,7 +5,7 @@
 
 #include "contrastive/meeting.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::contrastive {
 
 template <typename T>
 struct ForwardArguments {
@@ -15,7 +15,7 @@ struct ForwardArguments {
   const int32_t* classes;  // whose equals are positives; null: the partner is
   const float* share;      // with classes: 1 / positives, or 0 where there are none
   float* losses;           // null: they are not asked for
-  float *lse, *lse_rest;   // and what its rounding lost, unless null
+  float *lse, *lse_residual;
 };
 
 // A warp has 16 rows and goes over all columns: each lane has the sums of a quarter of them.
@@ -45,7 +45,10 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(T) == sizeof(float) 
     for_columns([&](int n, int i, int j) {
       const float column_factor = number_at(a.columns.factor + column, j, end);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) s[n][2 * half + i] *= factor[half] * column_factor;
+      for (int half = 0; half < 2; ++half) {
+        float& score = s[n][2 * half + i];
+        score = ptx::multiply(score, factor[half] * column_factor);
+      }
     });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -86,16 +89,14 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(T) == sizeof(float) 
     const float total = sum_over_row(sum[half] * exp_of_difference(maximum[half], base));
     const float mean = sum_over_row(positive[half]);
     if (lane.column() != 0 || row[half] >= a.meeting.rows) continue;
-    const float log = logf(total), lse = base + log, added = lse - base;
-    const float lost = (base - (lse - added)) + (log - added);
-    const float rest = fabsf(lse) < INFINITY ? lost : 0.0f;
-    a.lse[row[half]] = lse;
-    if (a.lse_rest) a.lse_rest[row[half]] = rest;
+    const LogSumExp lse(base, logf(total));
+    a.lse[row[half]] = lse.value;
+    a.lse_residual[row[half]] = lse.residual;
     if (a.losses) {
       const float share = a.share ? a.share[row[half]] : 1.0f;
-      a.losses[row[half]] = share == 0.0f ? 0.0f : (lse - mean * share) + rest;
+      a.losses[row[half]] = share == 0.0f ? 0.0f : (lse.value - mean * share) + lse.residual;
     }
   }
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::contrastive

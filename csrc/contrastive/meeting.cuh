@@ -4,9 +4,10 @@
 
 #include "common/products.cuh"
 #include "common/ptx.cuh"
+#include "common/softmax.cuh"
 #include "contrastive/embeddings.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::contrastive {
 
 inline constexpr int kWarpRows = 16;
 inline constexpr int kColumns = 64;  // of a tile
@@ -242,16 +243,9 @@ struct Scale {
   float value;
 };
 
-inline constexpr float kLog2e = 1.4426950408889634f;
-
-// e^(a - b), where the difference is rounded before anything else.
-static __device__ __forceinline__ float exp_of_difference(float a, float b) {
-  return ptx::exp2((a - b) * kLog2e);
-}
-
 template <typename Number, typename Place>
 __device__ __forceinline__ Number number_at(const Number* numbers, Place place, Place end) {
   return place < end ? numbers[place] : Number(0);
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::contrastive

@@ -5,7 +5,7 @@
 
 #include "contrastive/meeting.cuh"
 
-namespace gcrl_kernels {
+namespace gcrl_kernels::contrastive {
 
 inline constexpr int kSumThreads = 512;
 inline constexpr int kAnchorThreads = 256;
@@ -16,7 +16,7 @@ inline constexpr int kWeightExponent = 12;          // the weights stay below 2^
 //   W_ik = pull_i exp(s_ik - lse_i) + pull_k exp(s_ik - lse_k) - [positive] (push_i + push_k),
 // of rows or of columns. A null pointer is of no concern.
 struct Anchors {
-  const float *lse, *lse_rest, *grad, *share;
+  const float *lse, *lse_residual, *grad, *share;
   const int32_t* classes;
   int64_t count;
   // Made of them: pull and push times a power of two, and pull exp(middle - lse).
@@ -76,10 +76,9 @@ static __global__ void __launch_bounds__(kAnchorThreads)
   const float share = anchors.share ? anchors.share[i] : 1.0f;
   const float grad = anchors.grad[i] * common->power;
   const float pull = share == 0.0f ? 0.0f : grad;
-  const float rest = anchors.lse_rest ? anchors.lse_rest[i] : 0.0f;
   anchors.pull[i] = pull;
   if (anchors.push) anchors.push[i] = grad * share;
-  const float weight = expf((common->middle - anchors.lse[i]) - rest);
+  const float weight = expf((common->middle - anchors.lse[i]) - anchors.lse_residual[i]);
   anchors.weight[i] = common->one_exponential && pull != 0.0f ? pull * weight : 0.0f;
 }
 
@@ -98,4 +97,4 @@ static __global__ void __launch_bounds__(kSumThreads)
   if (thread == 0) *sum = static_cast<float>(sums[0]);
 }
 
-}  // namespace gcrl_kernels
+}  // namespace gcrl_kernels::contrastive

@@ -10,19 +10,10 @@
 #define CUDA CPU
 #include "axial_attention/cuda.cu"
 
-namespace {
-
-void set_device(int64_t multiprocessors, int64_t shared) {
-  gcrl_kernels::emulated_multiprocessors = static_cast<int>(multiprocessors);
-  gcrl_kernels::emulated_shared = static_cast<int>(shared);
-}
-
-}  // namespace
-
 STABLE_TORCH_LIBRARY_FRAGMENT(gcrl_kernels_cuda, library) {
   library.def("set_device(int multiprocessors, int shared) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gcrl_kernels_cuda, CompositeExplicitAutograd, library) {
-  library.impl("set_device", TORCH_BOX(&set_device));
+  library.impl("set_device", TORCH_BOX(&gcrl_kernels::set_device));
 }

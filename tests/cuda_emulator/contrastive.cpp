@@ -9,3 +9,11 @@
 #define gcrl_kernels_cuda gcrl_kernels_emulated
 #define CUDA CPU
 #include "contrastive/cuda.cu"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gcrl_kernels_cuda, library) {
+  library.def("set_contrast_device(int multiprocessors, int shared) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gcrl_kernels_cuda, CompositeExplicitAutograd, library) {
+  library.impl("set_contrast_device", TORCH_BOX(&gcrl_kernels::set_device));
+}

@@ -33,11 +33,31 @@ inline dim3 threadIdx{0}, blockIdx{0}, blockDim{1}, gridDim{1};
 
 namespace emulator {
 
+inline int multiprocessors = 1;
+inline size_t most_shared = 227 << 10;  // bytes of dynamic shared memory of a block
+inline constexpr unsigned kMostThreads = 1024, kMostBlocks = (1u << 31) - 1;
+
+// Refuses what a GPU does not launch; the kernels' blocks have one dimension.
+inline void check(const dim3& grid, const dim3& block, size_t shared_bytes) {
+  const auto check_number = [](const char* of, size_t number, size_t least, size_t most) {
+    if (least <= number && number <= most) return;
+    throw std::runtime_error("CUDA emulator: expected " + std::to_string(least) + " to " +
+                             std::to_string(most) + " " + of + ", got " + std::to_string(number));
+  };
+  check_number("blocks", grid.x, 1, kMostBlocks);
+  check_number("threads", block.x, 1, kMostThreads);
+  check_number("bytes of shared memory", shared_bytes, 0, most_shared);
+  for (const unsigned other : {grid.y, grid.z, block.y, block.z}) {
+    check_number("in the other dimensions", other, 1, 1);
+  }
+}
+
 inline void Block::set_thread(int thread) { threadIdx.x = static_cast<unsigned>(thread); }
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             const Arguments&... arguments) {
+  check(grid, block, shared_bytes);
   static Block runner;
   gridDim = grid;
   blockDim = block;

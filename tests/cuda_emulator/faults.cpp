@@ -84,26 +84,40 @@ void copy_misaligned(float*, bool wait) {
   ptx::wait_for_copies<0>();
 }
 
+void nothing(float*, bool) {}
+
 struct Case {
   const char* name;
   void (*kernel)(float*, bool);
+  // How the fault is launched.
+  dim3 grid{1}, block{kThreads};
+  size_t shared = 32 * kThreads;
 };
-constexpr Case kCases[] = {{"give", give},
-                           {"give_in_warp", give_in_warp},
-                           {"copy", copy},
-                           {"copy_over", copy_over},
-                           {"shuffle_in_a_branch", shuffle_in_a_branch},
-                           {"meet_apart", meet_apart},
-                           {"load_outside", load_outside},
-                           {"load_misaligned", load_misaligned},
-                           {"copy_misaligned", copy_misaligned}};
+const Case kCases[] = {
+    {"give", give},
+    {"give_in_warp", give_in_warp},
+    {"copy", copy},
+    {"copy_over", copy_over},
+    {"shuffle_in_a_branch", shuffle_in_a_branch},
+    {"meet_apart", meet_apart},
+    {"load_outside", load_outside},
+    {"load_misaligned", load_misaligned},
+    {"copy_misaligned", copy_misaligned},
+    {"no_blocks", nothing, dim3(0)},
+    {"many_blocks", nothing, dim3(1u << 31)},
+    {"blocks_in_two_dimensions", nothing, dim3(1, 2)},
+    {"no_threads", nothing, dim3(1), dim3(0)},
+    {"many_threads", nothing, dim3(1), dim3(1025)},
+    {"much_shared_memory", nothing, dim3(1), dim3(kThreads), emulator::most_shared + 1}};
 
 // What a kernel gives, or what the emulator says of it.
 std::string run(const Case& one, bool faulty) {
   for (int i = 0; i < 4 * kThreads; ++i) numbers[i] = static_cast<float>(i);
   float results[kThreads] = {};
+  const Case launched = faulty ? one : Case{one.name, one.kernel};
   try {
-    emulator::launch(one.kernel, dim3(1), dim3(kThreads), 32 * kThreads, &results[0], !faulty);
+    emulator::launch(launched.kernel, launched.grid, launched.block, launched.shared, &results[0],
+                     !faulty);
   } catch (const std::runtime_error& error) {
     return error.what();
   }

@@ -8,7 +8,7 @@
 
 #include "color_cross_entropy/nearest_color.cuh"
 
-using namespace gcrl_kernels;
+using namespace gcrl_kernels::color_cross_entropy;
 
 template <typename T>
 std::vector<T> read(int64_t count) {

@@ -13,6 +13,8 @@ from gcrl_kernels.axial_attention.triton.rows import (
     hidden_zero,
     load,
     load_lse,
+    load_mask,
+    probabilities,
     row_offset,
     scores,
     store,
@@ -28,6 +30,7 @@ def row_gradients(
     k,
     v,
     lse,
+    lost,
     dq,
     dk,
     dv,
@@ -66,29 +69,29 @@ def row_gradients(
     v_row = row_offset(line, head, sizes, v_strides, LINE_DIMS)
     grad_row = row_offset(line, head, sizes, grad_strides, LINE_DIMS)
     out_row = row_offset(line, head, sizes, out_strides, LINE_DIMS)
-    q_tile = load(q, q_row, q_strides, positions, features, length, D, UNIT, WHOLE)
-    k_tile = load(k, k_row, k_strides, positions, features, length, D, UNIT, WHOLE)
-    v_tile = load(v, v_row, v_strides, positions, features, length, D, UNIT, WHOLE)
-    do_tile = load(grad, grad_row, grad_strides, positions, features, length, D, UNIT, WHOLE)
+    q_tile = load(q, q_row, q_strides, positions, features, length, None, D, UNIT, WHOLE)
+    allowed = None
+    if mask is not None:
+        allowed = load_mask(mask, line, sizes, mask_strides, positions, length, LINE_DIMS)
+    k_tile = load(k, k_row, k_strides, positions, features, length, allowed, D, UNIT, WHOLE)
+    v_tile = load(v, v_row, v_strides, positions, features, length, allowed, D, UNIT, WHOLE)
+    do_tile = load(grad, grad_row, grad_strides, positions, features, length, None, D, UNIT, WHOLE)
     s = scores(
         q_tile,
         k_tile,
         bias,
-        mask,
-        mask_strides,
-        line,
+        allowed,
         head,
-        sizes,
         positions,
         positions,
         length,
         scale,
-        LINE_DIMS,
         CAUSAL,
         WHOLE,
         PRECISION,
     )
-    p = tl.exp(s - load_lse(lse, out_row, out_strides, positions, length, D, UNIT)[:, None])
+    lse_tile, lost_tile = load_lse(lse, lost, out_row, out_strides, positions, length, D, UNIT)
+    p = probabilities(s, lse_tile, lost_tile)
     dv_tile = dot(tl.trans(narrow(p, q_tile.dtype)), do_tile, zeros, PRECISION)
     dv_row = row_offset(line, head, sizes, dv_strides, LINE_DIMS)
     store(dv_tile, dv, dv_row, dv_strides, positions, features, length, D, UNIT, WHOLE)
@@ -113,6 +116,7 @@ def row_kernel(
     k,
     v,
     lse,
+    lost,
     dq,
     dk,
     dv,
@@ -155,6 +159,7 @@ def row_kernel(
             k,
             v,
             lse,
+            lost,
             dq,
             dk,
             dv,
@@ -194,6 +199,7 @@ def row_kernel(
                 k,
                 v,
                 lse,
+                lost,
                 dq,
                 dk,
                 dv,

@@ -14,6 +14,8 @@ from gcrl_kernels.axial_attention.triton.rows import (
     hidden_zero,
     load,
     load_lse,
+    load_mask,
+    probabilities,
     row_offset,
     scores,
     store,
@@ -36,7 +38,7 @@ def load_delta(
     WHOLE: tl.constexpr,
 ):
     """Σ O ∘ dO of each query."""
-    out_tile = load(out, out_row, out_strides, queries, features, length, D, UNIT, WHOLE)
+    out_tile = load(out, out_row, out_strides, queries, features, length, None, D, UNIT, WHOLE)
     return tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
 
 
@@ -48,6 +50,7 @@ def tile_kernel(
     v,
     out,
     lse,
+    lost,
     dq,
     dk,
     dv,
@@ -95,47 +98,49 @@ def tile_kernel(
     grad_row = row_offset(line, head, sizes, grad_strides, LINE_DIMS)
     out_row = row_offset(line, head, sizes, out_strides, LINE_DIMS)
     if tile < tiles:
-        q_tile = load(q, q_row, q_strides, own, features, length, D, UNIT, WHOLE)
-        do_tile = load(grad, grad_row, grad_strides, own, features, length, D, UNIT, WHOLE)
+        q_tile = load(q, q_row, q_strides, own, features, length, None, D, UNIT, WHOLE)
+        do_tile = load(grad, grad_row, grad_strides, own, features, length, None, D, UNIT, WHOLE)
         delta = load_delta(
             out, out_row, out_strides, do_tile, own, features, length, D, UNIT, WHOLE
         )
-        lse_tile = load_lse(lse, out_row, out_strides, own, length, D, UNIT)
+        lse_tile, lost_tile = load_lse(lse, lost, out_row, out_strides, own, length, D, UNIT)
         dq_tile = tl.zeros((OWN, FEATURES), tl.float32)
         end = length
         if CAUSAL:
             end = tl.minimum(length, first + OWN)
         for start in range(0, end, OTHER):
             keys = start + tl.arange(0, OTHER)
-            k_tile = load(k, k_row, k_strides, keys, features, length, D, UNIT, WHOLE)
-            v_tile = load(v, v_row, v_strides, keys, features, length, D, UNIT, WHOLE)
+            allowed = None
+            if mask is not None:
+                allowed = load_mask(mask, line, sizes, mask_strides, keys, length, LINE_DIMS)
+            k_tile = load(k, k_row, k_strides, keys, features, length, allowed, D, UNIT, WHOLE)
+            v_tile = load(v, v_row, v_strides, keys, features, length, allowed, D, UNIT, WHOLE)
             s = scores(
                 q_tile,
                 k_tile,
                 bias,
-                mask,
-                mask_strides,
-                line,
+                allowed,
                 head,
-                sizes,
                 own,
                 keys,
                 length,
                 scale,
-                LINE_DIMS,
                 CAUSAL,
                 WHOLE,
                 PRECISION,
             )
-            p = tl.exp(s - lse_tile[:, None])
+            p = probabilities(s, lse_tile, lost_tile)
             dp = dot(do_tile, tl.trans(v_tile), tl.zeros((OWN, OTHER), tl.float32), PRECISION)
             ds = narrow(p * (dp - delta[:, None]), k_tile.dtype)
             dq_tile = dot(ds, k_tile, dq_tile, PRECISION)
         dq_row = row_offset(line, head, sizes, dq_strides, LINE_DIMS)
         store(dq_tile * scale, dq, dq_row, dq_strides, own, features, length, D, UNIT, WHOLE)
     else:
-        k_tile = load(k, k_row, k_strides, own, features, length, D, UNIT, WHOLE)
-        v_tile = load(v, v_row, v_strides, own, features, length, D, UNIT, WHOLE)
+        allowed = None
+        if mask is not None:
+            allowed = load_mask(mask, line, sizes, mask_strides, own, length, LINE_DIMS)
+        k_tile = load(k, k_row, k_strides, own, features, length, allowed, D, UNIT, WHOLE)
+        v_tile = load(v, v_row, v_strides, own, features, length, allowed, D, UNIT, WHOLE)
         dk_tile = tl.zeros((OWN, FEATURES), tl.float32)
         dv_tile = tl.zeros((OWN, FEATURES), tl.float32)
         begin = 0
@@ -143,31 +148,31 @@ def tile_kernel(
             begin = first // OTHER * OTHER
         for start in range(begin, length, OTHER):
             queries = start + tl.arange(0, OTHER)
-            q_tile = load(q, q_row, q_strides, queries, features, length, D, UNIT, WHOLE)
-            do_tile = load(grad, grad_row, grad_strides, queries, features, length, D, UNIT, WHOLE)
+            q_tile = load(q, q_row, q_strides, queries, features, length, None, D, UNIT, WHOLE)
+            do_tile = load(
+                grad, grad_row, grad_strides, queries, features, length, None, D, UNIT, WHOLE
+            )
             delta = load_delta(
                 out, out_row, out_strides, do_tile, queries, features, length, D, UNIT, WHOLE
             )
-            lse_tile = load_lse(lse, out_row, out_strides, queries, length, D, UNIT)
+            lse_tile, lost_tile = load_lse(
+                lse, lost, out_row, out_strides, queries, length, D, UNIT
+            )
             s = scores(
                 q_tile,
                 k_tile,
                 bias,
-                mask,
-                mask_strides,
-                line,
+                allowed,
                 head,
-                sizes,
                 queries,
                 own,
                 length,
                 scale,
-                LINE_DIMS,
                 CAUSAL,
                 WHOLE,
                 PRECISION,
             )
-            p = tl.exp(s - lse_tile[:, None])
+            p = probabilities(s, lse_tile, lost_tile)
             dv_tile = dot(tl.trans(narrow(p, q_tile.dtype)), do_tile, dv_tile, PRECISION)
             dp = dot(do_tile, tl.trans(v_tile), tl.zeros((OTHER, OWN), tl.float32), PRECISION)
             ds = narrow(p * (dp - delta[:, None]), q_tile.dtype)
@@ -186,6 +191,7 @@ def bias_kernel(
     v,
     out,
     lse,
+    lost,
     partial,  # float32 [parts, heads, N, N]
     bias,
     mask,
@@ -234,33 +240,34 @@ def bias_kernel(
         v_row = row_offset(line, head, sizes, v_strides, LINE_DIMS)
         grad_row = row_offset(line, head, sizes, grad_strides, LINE_DIMS)
         out_row = row_offset(line, head, sizes, out_strides, LINE_DIMS)
-        q_tile = load(q, q_row, q_strides, queries, features, length, D, UNIT, WHOLE)
-        k_tile = load(k, k_row, k_strides, keys, features, length, D, UNIT, WHOLE)
-        v_tile = load(v, v_row, v_strides, keys, features, length, D, UNIT, WHOLE)
-        do_tile = load(grad, grad_row, grad_strides, queries, features, length, D, UNIT, WHOLE)
+        q_tile = load(q, q_row, q_strides, queries, features, length, None, D, UNIT, WHOLE)
+        allowed = None
+        if mask is not None:
+            allowed = load_mask(mask, line, sizes, mask_strides, keys, length, LINE_DIMS)
+        k_tile = load(k, k_row, k_strides, keys, features, length, allowed, D, UNIT, WHOLE)
+        v_tile = load(v, v_row, v_strides, keys, features, length, allowed, D, UNIT, WHOLE)
+        do_tile = load(
+            grad, grad_row, grad_strides, queries, features, length, None, D, UNIT, WHOLE
+        )
         delta = load_delta(
             out, out_row, out_strides, do_tile, queries, features, length, D, UNIT, WHOLE
         )
-        lse_tile = load_lse(lse, out_row, out_strides, queries, length, D, UNIT)
+        lse_tile, lost_tile = load_lse(lse, lost, out_row, out_strides, queries, length, D, UNIT)
         s = scores(
             q_tile,
             k_tile,
             bias,
-            mask,
-            mask_strides,
-            line,
+            allowed,
             head,
-            sizes,
             queries,
             keys,
             length,
             scale,
-            LINE_DIMS,
             CAUSAL,
             WHOLE,
             PRECISION,
         )
-        p = tl.exp(s - lse_tile[:, None])
+        p = probabilities(s, lse_tile, lost_tile)
         dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK, BLOCK), tl.float32), PRECISION)
         dbias += p * (dp - delta[:, None])
     queries = first_query + positions

@@ -11,10 +11,11 @@ import triton.language as tl
 
 from gcrl_kernels.axial_attention.triton.rows import (
     load,
-    lse_pointers,
+    load_mask,
     row_offset,
     scores,
     store,
+    store_lse,
 )
 from gcrl_kernels.triton_common import dot, narrow
 
@@ -26,6 +27,7 @@ def row_kernel(
     v,
     out,
     lse,
+    lost,
     bias,
     mask,
     scale,
@@ -56,23 +58,22 @@ def row_kernel(
     q_row = row_offset(line, head, sizes, q_strides, LINE_DIMS)
     k_row = row_offset(line, head, sizes, k_strides, LINE_DIMS)
     v_row = row_offset(line, head, sizes, v_strides, LINE_DIMS)
-    q_tile = load(q, q_row, q_strides, positions, features, length, D, UNIT, WHOLE)
-    k_tile = load(k, k_row, k_strides, positions, features, length, D, UNIT, WHOLE)
-    v_tile = load(v, v_row, v_strides, positions, features, length, D, UNIT, WHOLE)
+    q_tile = load(q, q_row, q_strides, positions, features, length, None, D, UNIT, WHOLE)
+    allowed = None
+    if mask is not None:
+        allowed = load_mask(mask, line, sizes, mask_strides, positions, length, LINE_DIMS)
+    k_tile = load(k, k_row, k_strides, positions, features, length, allowed, D, UNIT, WHOLE)
+    v_tile = load(v, v_row, v_strides, positions, features, length, allowed, D, UNIT, WHOLE)
     s = scores(
         q_tile,
         k_tile,
         bias,
-        mask,
-        mask_strides,
-        line,
+        allowed,
         head,
-        sizes,
         positions,
         positions,
         length,
         scale,
-        LINE_DIMS,
         CAUSAL,
         WHOLE,
         PRECISION,
@@ -86,8 +87,7 @@ def row_kernel(
     values = values / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = row_offset(line, head, sizes, out_strides, LINE_DIMS)
     store(values, out, out_row, out_strides, positions, features, length, D, UNIT, WHOLE)
-    where = lse_pointers(lse, out_row, out_strides, positions, D, UNIT)
-    tl.store(where, highest + tl.log(total), mask=positions < length)
+    store_lse(highest, total, lse, lost, out_row, out_strides, positions, length, D, UNIT)
 
 
 @triton.jit(do_not_specialize=["heads", "length"])
@@ -97,6 +97,7 @@ def tile_kernel(
     v,
     out,
     lse,
+    lost,
     bias,
     mask,
     scale,
@@ -130,7 +131,7 @@ def tile_kernel(
     q_row = row_offset(line, head, sizes, q_strides, LINE_DIMS)
     k_row = row_offset(line, head, sizes, k_strides, LINE_DIMS)
     v_row = row_offset(line, head, sizes, v_strides, LINE_DIMS)
-    q_tile = load(q, q_row, q_strides, queries, features, length, D, UNIT, WHOLE)
+    q_tile = load(q, q_row, q_strides, queries, features, length, None, D, UNIT, WHOLE)
     highest = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
     values = tl.zeros((OWN, FEATURES), tl.float32)
@@ -139,22 +140,21 @@ def tile_kernel(
         end = tl.minimum(length, first + OWN)
     for start in range(0, end, OTHER):
         keys = start + tl.arange(0, OTHER)
-        k_tile = load(k, k_row, k_strides, keys, features, length, D, UNIT, WHOLE)
-        v_tile = load(v, v_row, v_strides, keys, features, length, D, UNIT, WHOLE)
+        allowed = None
+        if mask is not None:
+            allowed = load_mask(mask, line, sizes, mask_strides, keys, length, LINE_DIMS)
+        k_tile = load(k, k_row, k_strides, keys, features, length, allowed, D, UNIT, WHOLE)
+        v_tile = load(v, v_row, v_strides, keys, features, length, allowed, D, UNIT, WHOLE)
         s = scores(
             q_tile,
             k_tile,
             bias,
-            mask,
-            mask_strides,
-            line,
+            allowed,
             head,
-            sizes,
             queries,
             keys,
             length,
             scale,
-            LINE_DIMS,
             CAUSAL,
             WHOLE,
             PRECISION,
@@ -170,5 +170,4 @@ def tile_kernel(
     out_row = row_offset(line, head, sizes, out_strides, LINE_DIMS)
     store(values, out, out_row, out_strides, queries, features, length, D, UNIT, WHOLE)
     base = tl.where(highest == float("-inf"), 0.0, highest)
-    where = lse_pointers(lse, out_row, out_strides, queries, D, UNIT)
-    tl.store(where, base + tl.log(total), mask=queries < length)
+    store_lse(base, total, lse, lost, out_row, out_strides, queries, length, D, UNIT)

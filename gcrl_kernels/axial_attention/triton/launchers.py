@@ -22,7 +22,7 @@ from gcrl_kernels.axial_attention.triton.settings import (
     row_setting,
     tile_setting,
 )
-from gcrl_kernels.triton_common import Setting, generation, launch, padded
+from gcrl_kernels.triton_common import Setting, as_bytes, generation, launch, padded
 
 MOST_PARTIAL_BYTES = 64 << 20  # of the bias's gradient
 WARPS_AT_ONCE = 32  # that a multiprocessor is given of programs that add rows up
@@ -38,7 +38,7 @@ def forward(
     causal: bool,
     scale: float,
     out: Tensor,  # to be written; contiguous
-    lse: Tensor,  # float32 [B, *grid, heads], to be written
+    lse: Tensor,  # float32 [2, B, *grid, heads], to be written
 ) -> None:
     if out.numel() == 0:
         return
@@ -53,7 +53,7 @@ def forward(
     launch(
         kernel,
         rows.lines * rows.heads * tiles,
-        (q, k, v, out, lse, bias, mask, scale, rows.heads, rows.length, rows.sizes, *rows.strides),
+        (q, k, v, out, *lse, bias, as_bytes(mask), scale, *rows.numbers, *rows.strides),
         rows.constants(setting, causal),
         setting,
     )
@@ -65,7 +65,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,  # float32 [B, *grid, heads]
+    lse: Tensor,  # float32 [2, B, *grid, heads]
     bias: Tensor | None,  # float32 [heads, N, N]
     mask: Tensor | None,  # bool [B, *grid]
     axis: int,
@@ -84,10 +84,9 @@ def backward(
     rows = arrange((grad, q, k, v, out, dq, dk, dv), mask, axis)
     which = rows.kind, generation(q.device)
     inputs = grad, q, k, v
-    options = bias, mask, scale
+    options = bias, as_bytes(mask), scale
     gradients = dq, dk, dv
-    numbers = rows.heads, rows.length, rows.sizes
-    places = *numbers, *rows.strides
+    places = *rows.numbers, *rows.strides
     setting = row_setting("backward", *which, rows.features, rows.length)
     summing = None  # how the row kernel runs where it adds the bias's gradient up
     if setting is not None and dbias is not None:
@@ -99,7 +98,7 @@ def backward(
         launch(
             backward_tiles.tile_kernel,
             rows.lines * rows.heads * 2 * tiles,
-            (*inputs, out, lse, *gradients, *options, *places),
+            (*inputs, out, *lse, *gradients, *options, *places),
             rows.constants(setting, causal),
             setting,
         )
@@ -112,7 +111,7 @@ def backward(
         launch(
             backward_row.row_kernel,
             parts * rows.heads,
-            (*inputs, lse, *gradients, partial, *options, rows.lines, parts, *places),
+            (*inputs, *lse, *gradients, partial, *options, rows.lines, parts, *places),
             rows.constants(setting, causal),
             setting,
         )
@@ -126,7 +125,7 @@ def backward(
         launch(
             backward_tiles.bias_kernel,
             parts * rows.heads * tiles * tiles,
-            (*inputs, out, lse, partial, *options, rows.lines, parts, *numbers, *of_inputs),
+            (*inputs, out, *lse, partial, *options, rows.lines, parts, *rows.numbers, *of_inputs),
             rows.constants(setting, causal),
             setting,
         )
@@ -159,6 +158,10 @@ class Rows(NamedTuple):
     sizes: tuple[int, int]
     unit: int
     strides: tuple[tuple[int, ...], ...]  # of each tensor, then of the mask
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        return self.heads, self.length, self.sizes
 
     def constants(self, setting: Setting, causal: bool) -> dict[str, Any]:
         tile = setting.tile

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gcrl_kernels.triton_common import dot, narrow
+from gcrl_kernels.triton_common import dot, narrow, rounded, two_sum
 
 
 @triton.jit
@@ -51,13 +51,19 @@ def load(
     positions,
     features,
     length,
+    allowed,  # bool [positions], or None; what is not may hold anything, as 0 * NaN is NaN
     D: tl.constexpr,
     UNIT: tl.constexpr,
     WHOLE: tl.constexpr,  # every position is within the length
 ):
     """[positions, features] of the row at `offset`, zero beyond the length and D."""
     where = pointers(tensor, offset, strides, positions, features, UNIT)
-    if WHOLE and features.shape[0] == D:
+    if allowed is not None:
+        inside = allowed[:, None]
+        if features.shape[0] != D:
+            inside = inside & (features[None, :] < D)
+        values = tl.load(where, mask=inside, other=0.0)
+    elif WHOLE and features.shape[0] == D:
         values = tl.load(where)
     elif WHOLE:
         values = tl.load(where, mask=features[None, :] < D, other=0.0)
@@ -104,19 +110,51 @@ def lse_pointers(lse, offset, strides, positions, D: tl.constexpr, UNIT: tl.cons
 
 
 @triton.jit
-def load_lse(lse, offset, strides, queries, length, D: tl.constexpr, UNIT: tl.constexpr):
-    """A row's log-sum-exps; 0 where there is no key, infinite beyond the length.
+def load_lse(lse, lost, offset, strides, queries, length, D: tl.constexpr, UNIT: tl.constexpr):
+    """A row's log-sum-exps, and what their rounding lost; 0 where there is no key, infinite beyond
+    the length.
 
     exp(score - lse) is then zero for a query that has no key, or that is none.
     """
+    inside = queries < length
     where = lse_pointers(lse, offset, strides, queries, D, UNIT)
-    values = tl.load(where, mask=queries < length, other=float("inf"))
-    return tl.where(values == float("-inf"), 0.0, values)
+    values = tl.load(where, mask=inside, other=float("inf"))
+    values = tl.where(values == float("-inf"), 0.0, values)
+    where = lse_pointers(lost, offset, strides, queries, D, UNIT)
+    return values, tl.load(where, mask=inside, other=0.0)
+
+
+@triton.jit
+def probabilities(s, lse, lost):
+    """The softmax of scores [queries, keys], from the queries' log-sum-exps."""
+    return tl.exp((s - lse[:, None]) - lost[:, None])
+
+
+@triton.jit
+def store_lse(
+    highest,  # float32 [queries], of the scores; 0 where there is no key
+    total,  # float32 [queries], Σ exp(score - highest)
+    lse,
+    lost,
+    offset,
+    strides,
+    queries,
+    length,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    value, rest = two_sum(highest, tl.log(total))
+    inside = queries < length
+    tl.store(lse_pointers(lse, offset, strides, queries, D, UNIT), value, mask=inside)
+    tl.store(lse_pointers(lost, offset, strides, queries, D, UNIT), rest, mask=inside)
 
 
 @triton.jit
 def load_mask(mask, line, sizes, strides, keys, length, LINE_DIMS: tl.constexpr):
-    """Whether each key of a line may be attended to; those beyond the length may not."""
+    """Whether each key of a line may be attended to; those beyond the length may not.
+
+    The mask's bytes are read: all but 0 are true.
+    """
     where = mask + line_offset(line, sizes, strides, LINE_DIMS)
     return tl.load(where + keys.to(tl.int64) * strides[4], mask=keys < length, other=0) != 0
 
@@ -126,35 +164,33 @@ def scores(
     q,  # [queries, D]
     k,  # [keys, D]
     bias,  # float32 [heads, N, N], or None
-    mask,  # bool [B, *grid], or None
-    mask_strides,
-    line,
+    allowed,  # bool [keys], or None
     head,
-    sizes,
     queries,
     keys,
     length,
     scale,
-    LINE_DIMS: tl.constexpr,
     CAUSAL: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """scale q kᵀ + bias, [queries, keys]; -inf where a query may not attend to a key."""
     zeros = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
-    s = dot(q, tl.trans(k), zeros, PRECISION) * scale
+    products = dot(q, tl.trans(k), zeros, PRECISION)
     if bias is not None:
         where = bias + head.to(tl.int64) * length * length
         where += queries[:, None] * length + keys[None, :]
         if WHOLE:
-            s += tl.load(where)
+            added = tl.load(where)
         else:
             inside = (queries[:, None] < length) & (keys[None, :] < length)
-            s += tl.load(where, mask=inside, other=0.0)
+            added = tl.load(where, mask=inside, other=0.0)
+        s = rounded(products, scale, added)
+    else:
+        s = rounded(products, scale, 0.0)
     if CAUSAL:
         s = tl.where(queries[:, None] >= keys[None, :], s, float("-inf"))
-    if mask is not None:
-        allowed = load_mask(mask, line, sizes, mask_strides, keys, length, LINE_DIMS)
+    if allowed is not None:
         s = tl.where(allowed[None, :], s, float("-inf"))
     elif not WHOLE:
         s = tl.where(keys[None, :] < length, s, float("-inf"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from gcrl_kernels.color_cross_entropy.reference import distance_dtype
 from gcrl_kernels.color_cross_entropy.triton.nearest_color import quantize_kernel
 from gcrl_kernels.color_cross_entropy.triton.softmax import backward_kernel, forward_kernel
-from gcrl_kernels.triton_common import Setting, launch
+from gcrl_kernels.triton_common import Setting, as_bytes, launch
 
 ELEMENTS = 2048  # logits of a program
 MOST_ROWS = 256
@@ -50,7 +50,7 @@ def forward(
     z_loss: float,
     loss: Tensor,  # float32 [M], to be written, as those that follow
     z_term: Tensor,
-    lse: Tensor | None,
+    lse: Tensor | None,  # float32 [2, M]
     tokens: Tensor | None,  # int64 [M]
     gradient: Tensor | None,  # of the sum of the losses, [M, K]; may be the logits
 ) -> None:
@@ -65,7 +65,9 @@ def forward(
         forward_kernel,
         triton.cdiv(len(logits), setting.tile[0]),
         (
-            *(logits, pixels, palette, mask, loss, z_term, lse, tokens, gradient),
+            *(logits, pixels, palette, as_bytes(mask), loss, z_term),
+            *((None, None) if lse is None else lse),
+            *(tokens, gradient),
             *(label_smoothing, z_loss, len(logits), logits.stride()),
             logits.stride() if gradient is None else gradient.stride(),
         ),
@@ -79,7 +81,7 @@ def backward(
     logits: Tensor,  # [M, K]
     tokens: Tensor,  # int64 [M]
     mask: Tensor | None,  # bool [M]
-    lse: Tensor,  # float32 [M]
+    lse: Tensor,  # float32 [2, M]
     label_smoothing: float,
     z_loss: float,
     gradient: Tensor,  # to be written; may be the logits
@@ -91,7 +93,7 @@ def backward(
         backward_kernel,
         triton.cdiv(len(logits), setting.tile[0]),
         (
-            *(grad, logits, tokens, mask, lse, gradient, label_smoothing, z_loss),
+            *(grad, logits, tokens, as_bytes(mask), *lse, gradient, label_smoothing, z_loss),
             *(len(logits), grad.stride(0), logits.stride(), gradient.stride()),
         ),
         constants,

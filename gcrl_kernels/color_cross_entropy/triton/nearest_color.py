@@ -37,7 +37,8 @@ def search(
     ROWS: tl.constexpr,
     COLORS: tl.constexpr,
 ):
-    """The index of each pixel's nearest colour, the lowest of several: int32 [ROWS].
+    """The index of each pixel's nearest colour, the lowest of several: int32 [ROWS]; -1: none is at
+    a finite distance.
 
     Each column keeps the nearest of every COLORS-th colour; the columns are compared once.
     """
@@ -56,8 +57,11 @@ def search(
         closer = (distance < least) & inside[None, :]
         least = tl.where(closer, distance, least)
         index = tl.where(closer, color[None, :], index)
-    is_nearest = least == tl.min(least, 1)[:, None]
-    return tl.min(tl.where(is_nearest, index, 0x7FFFFFFF), 1)
+    nearest = tl.min(least, 1)
+    lowest = tl.min(tl.where(least == nearest[:, None], index, 0x7FFFFFFF), 1)
+    if tl.uint64 != DISTANCE:
+        lowest = tl.where(nearest == nowhere, -1, lowest)
+    return lowest
 
 
 @triton.jit
@@ -82,7 +86,7 @@ def nearest_color(
     ROWS: tl.constexpr,
     COLORS: tl.constexpr,  # at a time
 ):
-    """int32 [ROWS]; -1 for a pixel with a NaN."""
+    """int32 [ROWS]; -1 for a pixel with a NaN, or so far from all colours that it overflows."""
     red = tl.load(pixels + 3 * row, inside, 0)
     green = tl.load(pixels + 3 * row + 1, inside, 0)
     blue = tl.load(pixels + 3 * row + 2, inside, 0)
@@ -93,7 +97,6 @@ def nearest_color(
             index = search(red, green, blue, palette, colors, tl.uint64, ROWS, COLORS)
     else:
         index = search(red, green, blue, palette, colors, DISTANCE, ROWS, COLORS)
-        index = tl.where((red == red) & (green == green) & (blue == blue), index, -1)
     return index
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from gcrl_kernels.color_cross_entropy.triton.nearest_color import nearest_color
-from gcrl_kernels.triton_common import LOG2E, narrow
+from gcrl_kernels.triton_common import LOG2E, narrow, two_sum
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def counted_rows(mask, row, rows):
     """Whether a row is there, and counts."""
     counted = row < rows
     if mask is not None:
-        counted = tl.load(mask + row, counted, 0) != 0
+        counted = tl.load(mask + row, counted, 0) != 0  # its bytes
     return counted
 
 
@@ -70,10 +70,11 @@ def forward_kernel(
     logits,
     pixels,  # [M, 3], or tokens [M] where there is no palette
     palette,  # [3, K], or None
-    mask,  # bool [M], or None
-    loss,  # float32 [M], written as the next three
+    mask,  # uint8 [M], or None
+    loss,  # float32 [M], written as the next four
     z_term,  # float32 [M]
     lse,  # float32 [M], or None
+    lost,  # float32 [M], what the rounding of lse lost; or None
     tokens,  # int64 [M], or None
     gradient,  # of the sum of the losses, or None; may be the logits
     label_smoothing,
@@ -105,7 +106,7 @@ def forward_kernel(
     exponential = tl.exp2(z * LOG2E)
     total = tl.sum(exponential, 1)
     log_total = tl.log(total)
-    row_lse = highest + log_total
+    row_lse, row_lost = two_sum(highest, log_total)
     # Relative to the highest logit, so that the loss of large ones keeps its precision.
     at_target = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
     row_z_term = z_loss * row_lse * row_lse
@@ -120,6 +121,7 @@ def forward_kernel(
     tl.store(z_term + row, tl.where(counted, row_z_term, 0.0), row < rows)
     if lse is not None:
         tl.store(lse + row, tl.where(counted, row_lse, 0.0), row < rows)
+        tl.store(lost + row, tl.where(counted, row_lost, 0.0), row < rows)
     if gradient is not None:
         probability = exponential * ((1 + 2 * z_loss * row_lse) / total)[:, None]
         scale = tl.where(valid, 1.0, float("nan"))
@@ -144,8 +146,9 @@ def backward_kernel(
     grad,  # float32 [M], of the losses; stride 0 where it is one number
     logits,
     tokens,  # int64 [M]
-    mask,  # bool [M], or None
+    mask,  # uint8 [M], or None
     lse,  # float32 [M]
+    lost,  # float32 [M]
     gradient,  # written; may be the logits
     label_smoothing,
     z_loss,
@@ -163,9 +166,11 @@ def backward_kernel(
     counted = counted_rows(mask, row, rows)
     target = tl.load(tokens + row, counted, 0)
     row_lse = tl.load(lse + row, counted, 0.0)
+    row_lost = tl.load(lost + row, counted, 0.0)
     scale = tl.load(grad + row * grad_stride, counted, 0.0)
     z = load_logits(logits, row, column, counted, logits_strides, K)
-    probability = tl.exp2((z - row_lse[:, None]) * LOG2E) * (1 + 2 * z_loss * row_lse)[:, None]
+    z = (z - row_lse[:, None]) - row_lost[:, None]
+    probability = tl.exp2(z * LOG2E) * (1 + 2 * z_loss * row_lse)[:, None]
     store_gradient(
         probability,
         tl.where((target >= 0) & (target < K), scale, float("nan")),

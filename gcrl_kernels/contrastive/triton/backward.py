@@ -18,7 +18,7 @@ from gcrl_kernels.contrastive.triton.tiles import (
     same_class,
     similarities,
 )
-from gcrl_kernels.triton_common import LOG2E, dot, narrow
+from gcrl_kernels.triton_common import LOG2E, dot, narrow, rounded
 
 ONE_EXPONENTIAL = tl.constexpr(80.0)  # serves a pair while all log-sum-exps lie as close
 
@@ -33,9 +33,7 @@ def load_numbers(lse, rest, grad, share, place, there):
     """Of anchors: lse and what its rounding lost, the weights of exp(score - lse) and of their
     positives."""
     of_lse = tl.load(lse + place, mask=there, other=0.0)
-    lost = tl.zeros_like(of_lse)
-    if rest is not None:
-        lost = tl.load(rest + place, mask=there, other=0.0)
+    lost = tl.load(rest + place, mask=there, other=0.0)
     pull = tl.load(grad + place, mask=there, other=0.0)
     push = pull
     if share is not None:
@@ -82,7 +80,7 @@ def add_gradients(
     for start in range(begin, end, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         product = similarities(rows, row, row_tile, columns, column, D, WIDTH, CHUNK, PRECISION)
-        s = product * factor
+        s = rounded(product, factor, 0.0)
         if lse is None:
             w = exponential((s - row_lse[:, None]) - row_rest[:, None]) * row_pull[:, None]
         else:
@@ -119,7 +117,7 @@ def dots(rows, row, row_end, dz, part, FEATURES: tl.constexpr, WIDTH: tl.constex
 def backward_kernel(
     rows,  # packed
     row_lse,  # float32 [rows]
-    row_rest,  # float32 [rows], what rounding lse lost; or None
+    row_rest,  # float32 [rows], what rounding lse lost
     row_grad,  # float32 [rows], of the losses
     columns,  # packed
     column_lse,  # of the columns, or None: they are nobody's anchors

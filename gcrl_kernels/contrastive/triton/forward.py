@@ -18,7 +18,7 @@ from gcrl_kernels.contrastive.triton.tiles import (
     same_class,
     similarities,
 )
-from gcrl_kernels.triton_common import LN2, LOG2E
+from gcrl_kernels.triton_common import LN2, LOG2E, rounded, two_sum
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def add_scores(
     for start in range(begin, end, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         product = similarities(rows, row, row_tile, columns, column, D, WIDTH, CHUNK, PRECISION)
-        s = product * factor
+        s = rounded(product, factor, 0.0)
         if classes is not None:
             same = same_class(classes, row, column, row_count, end)
             positive += tl.sum(tl.where(same, s, 0.0), 1)
@@ -70,7 +70,7 @@ def forward_kernel(
     scale_value,
     losses,  # float32 [rows], to be written; or None
     lse,  # float32 [rows], to be written
-    rest,  # float32 [rows], to be written: what rounding lse lost; or None
+    rest,  # float32 [rows], to be written: what rounding lse lost
     row_count,
     column_count,
     further_count,
@@ -143,14 +143,9 @@ def forward_kernel(
         )
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     log_total = tl.log2(total) * LN2
-    row_lse = highest + log_total
+    row_lse, lost = two_sum(highest, log_total)
     tl.store(lse + row, row_lse, mask=there)
-    # Exactly what the sum lost (Knuth's two-sum), where that is finite.
-    added = row_lse - highest
-    lost = (highest - (row_lse - added)) + (log_total - added)
-    lost = tl.where(lost == lost, lost, 0.0)
-    if rest is not None:
-        tl.store(rest + row, lost, mask=there)
+    tl.store(rest + row, lost, mask=there)
     if losses is not None:
         if share is None:
             partner = partner_of(row, row_count)

@@ -43,7 +43,7 @@ def contrast(
     views, further = pack((z0, z1), normalize), pack((negatives,), normalize)
     halves = CANDIDATES[candidates] == OTHER_HALF
     _forward(
-        views, views, further, (classes, share, scale, scale_value), losses, lse[0], lse[1],
+        views, views, further, (classes, share, scale, scale_value), losses, lse,
         0, excluded(candidates), halves,
     )  # fmt: skip
 
@@ -87,23 +87,23 @@ def contrast_block_lse(
     scale_value: float,
     candidates: int,
     diagonal: int,
-    lse: Tensor,  # float32 [n], to be written
+    lse: Tensor,  # float32 [2, n], to be written
 ) -> None:
     if len(rows) == 0:
         return
     _forward(
         pack((rows,), False), pack((columns,), False), pack((None,), False),
-        (None, None, scale, scale_value), None, lse, None,
+        (None, None, scale, scale_value), None, lse,
         diagonal, excluded(candidates, diagonal), False,
     )  # fmt: skip
 
 
 def contrast_block_gradient(
     rows: Tensor,  # float32 [n, D]
-    row_lse: Tensor,  # float32 [n]
+    row_lse: Tensor,  # float32 [2, n]
     row_grad: Tensor,  # float32 [n]
     columns: Tensor,  # float32 [m, D]
-    column_lse: Tensor | None,  # float32 [m]
+    column_lse: Tensor | None,  # float32 [2, m]
     column_grad: Tensor | None,
     scale: Tensor | None,
     scale_value: float,
@@ -116,9 +116,10 @@ def contrast_block_gradient(
         dscale.zero_()
         return
     packed = pack((rows,), False)
-    everyone = row_lse if column_lse is None else torch.cat([row_lse, column_lse])
+    everyone = row_lse[0] if column_lse is None else torch.cat([row_lse[0], column_lse[0]])
+    of_columns = (None, None) if column_lse is None else column_lse
     pull, partial = _backward(
-        packed, (row_lse, None, row_grad), pack((columns,), False), (column_lse, None, column_grad),
+        packed, (*row_lse, row_grad), pack((columns,), False), (*of_columns, column_grad),
         pack((None,), False), (None, None, scale, scale_value), torch.aminmax(everyone),
         diagonal, excluded(candidates, diagonal), False, False,
     )  # fmt: skip
@@ -202,8 +203,7 @@ def _forward(
     further: Packed,
     options: tuple[Any, ...],
     losses: Tensor | None,
-    lse: Tensor,
-    rest: Tensor | None,
+    lse: Tensor,  # [2, rows]
     own: int,
     excluded: int,
     halves: bool,
@@ -213,7 +213,7 @@ def _forward(
         forward_kernel,
         tiles_of(rows.size, setting.tile[0], halves),
         (
-            *(rows.z, columns.z, further.z, *options, losses, lse, rest),
+            *(rows.z, columns.z, further.z, *options, losses, *lse),
             *(rows.size, columns.size, further.size, own),
         ),
         constants,

@@ -1,4 +1,4 @@
-// Launches kernels in the emulator; a GPU is as large as `emulated_device` says.
+// Launches kernels in the emulator.
 
 #pragma once
 
@@ -20,11 +20,16 @@ void launch(void (*kernel)(Parameters...), const Blocks& blocks, const torch::st
                    arguments...);
 }
 
-inline int emulated_multiprocessors = 1, emulated_shared = 227 << 10;
+// An operator: as what GPU the emulator passes from now on.
+inline void set_device(int64_t multiprocessors, int64_t shared) {
+  emulator::multiprocessors = static_cast<int>(multiprocessors);
+  emulator::most_shared = static_cast<size_t>(shared);
+}
 
 struct Device {
   explicit Device(const torch::stable::Tensor&) {}
-  int multiprocessors = emulated_multiprocessors, shared = emulated_shared;
+  int multiprocessors = emulator::multiprocessors;
+  int shared = static_cast<int>(emulator::most_shared);
 };
 
 }  // namespace gcrl_kernels

@@ -109,6 +109,11 @@ uint32_t pack(float low, float high) {
   return packed;
 }
 
+inline float multiply(float a, float b) {
+  volatile float product = a * b;
+  return product;
+}
+
 inline float exp2(float x) {
   const float power = std::exp2(x);
   return power < std::numeric_limits<float>::min() ? 0.0f : power;

@@ -1,0 +1,1 @@
+"""Calls of every public function with arguments drawn at random, right ones and wrong ones."""
