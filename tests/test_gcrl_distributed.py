@@ -153,8 +153,9 @@ def torchrun(folder: Path, config: Config, *flags: str, ranks: int = 2) -> subpr
     """Begin to train on several processes."""
     file = folder.with_suffix(".json")
     file.write_text(config.to_json())
+    words = ["-m", "gcrl", "train", f"--config={file}", f"--out={folder}", *flags]
     return subprocess.Popen(
-        [*TORCHRUN, str(ranks), "-m", "gcrl", "train", f"--config={file}", f"--out={folder}", *flags],
+        [*TORCHRUN, str(ranks), *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
