@@ -61,7 +61,7 @@ def save(
     unfinished.mkdir()
     digests = {name: _write_tensors(unfinished / name, files[name]) for name in sorted(files)}
     content = {"step": step, **(state or {}), "sha256": digests}
-    content[OWN_DIGEST] = _digest_of(content)
+    content[OWN_DIGEST] = digest_of(content)
     write_durably(unfinished / STATE, (json.dumps(content, indent=2) + "\n").encode())
     _flush_folder(unfinished)
     unfinished.rename(final)
@@ -143,14 +143,14 @@ def load_state(checkpoint: str | Path) -> dict[str, Any]:
         state = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(state, dict) or state.pop(OWN_DIGEST, None) != _digest_of(state):
+    if not isinstance(state, dict) or state.pop(OWN_DIGEST, None) != digest_of(state):
         raise CheckpointError(f"{path}: is damaged: its SHA-256 is not the one in it")
     if not isinstance(state.get("step"), int) or not isinstance(state.get("sha256"), dict):
         raise CheckpointError(f"{path}: is damaged: expected an object with 'step' and 'sha256'")
     return state
 
 
-def _digest_of(state: Mapping[str, Any]) -> str:
+def digest_of(state: Mapping[str, Any]) -> str:
     """SHA-256 of what state.json holds, however it is laid out."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 

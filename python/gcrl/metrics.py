@@ -101,6 +101,8 @@ class Window:
         self.count = 0
 
     def restore(self, sums: list[float], count: int) -> None:
+        if len(sums) != len(self.sums) or type(count) is not int:
+            raise ValueError(f"expected {len(self.sums)} sums and a count")
         self.sums.copy_(torch.tensor(sums))
         self.count = count
 
