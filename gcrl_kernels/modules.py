@@ -250,7 +250,8 @@ class NTXentLoss(nn.Module):
 
 @torch.compiler.disable
 def _rows_of_all(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    from gcrl_kernels.contrastive.distributed import all_gather, check_same_shape
+    from gcrl_kernels.contrastive.distributed import Call, all_gather, check_same_call
 
-    check_same_shape("out0, out1", len(rows), rows, group)
+    call = Call(len(rows), rows.shape[1], str(rows.dtype))
+    check_same_call("out0, out1", call, group, rows.device)
     return all_gather(rows, group)

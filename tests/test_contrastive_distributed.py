@@ -147,6 +147,19 @@ def run_uneven(rank: int, ranks: int, folder: str) -> None:
     message = r"z0, z1: expected the same shape .* rank 0 has \[3, 4\], rank 1 has \[4, 4\]"
     with pytest.raises(ValueError, match=message):
         nt_xent(z, z, group=dist.group.WORLD)
+    z = torch.randn(3, 4)
+    for ours, name, others in (
+        ({"z": z.double()}, "dtype", "torch.float32, rank 1 has torch.float64"),
+        ({"gather": "ring"}, "gather", "all, rank 1 has ring"),
+        ({"loss": dcl}, "candidates", "all but itself, rank 1 has all but itself and its partner"),
+        ({"temperature": 0.25}, "scale", "2, rank 1 has 4"),
+    ):
+        options: dict[str, Any] = {"z": z, "loss": nt_xent, **(ours if rank else {})}
+        loss, views = options.pop("loss"), options.pop("z")
+        message = f"z0, z1: expected the same {name} on every rank, got: rank 0 has {others}"
+        with pytest.raises(ValueError, match=message):
+            loss(views, views, group=dist.group.WORLD, **options)
+    assert nt_xent(z, z, group=dist.group.WORLD).isfinite()
     stop()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from limits import HANG, until_hang
@@ -29,7 +32,7 @@ from gcrl.config import (
 )
 from gcrl.distributed import Team, join
 from gcrl.run import build_model
-from gcrl.trainer import backward, train, wrap
+from gcrl.trainer import average_gradients, backward, compiled, train
 
 RANKS, PARTS, BATCH = 2, 2, 6  # a batch of all processes
 MODEL = ModelConfig(
@@ -40,7 +43,7 @@ OBJECTIVES = {
     "generative": ObjectiveConfig(beta=0),
     "contrastive": ObjectiveConfig(alpha=0),
 }
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 def tokens(part: int) -> tuple[Tensor, Tensor]:
@@ -51,22 +54,18 @@ def tokens(part: int) -> tuple[Tensor, Tensor]:
 
 
 def gradients(
-    team: Team, objective: ObjectiveConfig, *, compiled: bool = False
+    team: Team, objective: ObjectiveConfig, *, compiles: bool = False
 ) -> dict[str, Tensor]:
     """Of a step of several batches; each process sees its slice of them."""
-    config = Config(
-        model=MODEL, objective=objective, runtime=RuntimeConfig(device="cpu", compile=compiled)
-    )
+    config = Config(model=MODEL, objective=objective, runtime=RuntimeConfig(device="cpu"))
     model = build_model(config)
-    network = wrap(model, config, team)
+    network = compiled(model) if compiles else model
     mine = slice(team.rank * BATCH // team.size, (team.rank + 1) * BATCH // team.size)
     losses = []
     for part in range(PARTS):
         weak, strong = (view[mine] for view in tokens(part))
-        share, last = 1 / PARTS, part == PARTS - 1
-        losses.append(
-            backward(network, weak, strong, objective, team.group, share=share, last=last)
-        )
+        losses.append(backward(network, weak, strong, objective, team.group, share=1 / PARTS))
+    average_gradients(model, team)
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {**found, "losses": team.mean(torch.stack(losses))}
 
@@ -77,11 +76,11 @@ def work(rank: int, port: int, folder: str) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank),
     )  # fmt: skip
     torch.set_num_threads(1)
-    with join("cpu") as team:
+    with join(Config(runtime=RuntimeConfig(device="cpu")), {}) as team:
         found = {name: gradients(team, objective) for name, objective in OBJECTIVES.items()}
         torch.compile = functools.partial(torch.compile, backend="eager")  # no compiler needed
         for name, objective in OBJECTIVES.items():
-            found[f"{name}, compiled"] = gradients(team, objective, compiled=True)
+            found[f"{name}, compiled"] = gradients(team, objective, compiles=True)
         assert torch._dynamo.utils.counters["frames"]["ok"]
         extremes = (team.largest(rank), -team.largest(-rank))
         mean = team.mean(torch.tensor([float(rank)]))
@@ -124,7 +123,7 @@ def test_a_team_agrees(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_one_process_needs_no_group() -> None:
-    with join("cpu") as team:
+    with join(Config(runtime=RuntimeConfig(device="cpu")), {}) as team:
         assert team == Team(torch.device("cpu"))
         assert team.leads
         assert team.largest(3) == 3
@@ -134,7 +133,8 @@ def test_one_process_needs_no_group() -> None:
 def test_processes_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = "device: 2 processes take a GPU each.*got 'cuda:0'"
-    with pytest.raises(ConfigError, match=message), join("cuda:0"):
+    config = Config(runtime=RuntimeConfig(device="cuda:0"))
+    with pytest.raises(ConfigError, match=message), join(config, {}):
         pass
 
 
@@ -149,12 +149,13 @@ def small(steps: int, every: int) -> Config:
     )
 
 
-def torchrun(folder: Path, config: Config, *flags: str) -> subprocess.Popen[str]:
-    """Begin to train on two processes."""
+def torchrun(folder: Path, config: Config, *flags: str, ranks: int = 2) -> subprocess.Popen[str]:
+    """Begin to train on several processes."""
     file = folder.with_suffix(".json")
     file.write_text(config.to_json())
+    words = ["-m", "gcrl", "train", f"--config={file}", f"--out={folder}", *flags]
     return subprocess.Popen(
-        [*TORCHRUN, "-m", "gcrl", "train", "--config", str(file), "--out", str(folder), *flags],
+        [*TORCHRUN, str(ranks), *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -209,3 +210,83 @@ def test_a_signal_to_torchrun_saves_first(tmp_path: Path) -> None:
     step = checkpoint.load_state(saved)["step"]
     assert step < 5000
     assert f"SIGTERM: saved step {step}; go on with: gcrl train --resume" in errors
+
+
+@pytest.mark.parametrize("ranks", [3])
+def test_any_number_of_processes_resumes_bitwise(tmp_path: Path, ranks: int) -> None:
+    config, whole, halves = small(steps=4, every=2), tmp_path / "whole", tmp_path / "halves"
+    assert_success(torchrun(whole, config, ranks=ranks))
+    shutil.copytree(whole, halves)
+    shutil.rmtree(halves / "checkpoints" / "step-00000004")
+    assert_success(torchrun(halves, config, "--resume", ranks=ranks))
+    for name in ("model", "ema", "optimizer"):
+        file = f"checkpoints/step-00000004/{name}.safetensors"
+        assert (whole / file).read_bytes() == (halves / file).read_bytes()
+
+
+# Each is given to the second process alone.
+DIFFERENCES = {
+    "batch_size": "--batch-size=4",
+    "accumulate": "--accumulate=1",
+    "seed": "--seed=5",
+    "learning_rate": "--learning-rate=0.01",
+    "alpha": "--alpha=0.5",
+    "temperature": "--temperature=0.3",
+    "steps": "--steps=3",
+    "ema": "--ema=0.5",
+    "clip": "--clip=2",
+    "precision": "--precision=bfloat16",
+    "checkpoint_every": "--checkpoint-every=1",
+    "evaluate": "--evaluate",
+}
+
+
+def test_processes_that_were_started_differently_say_so(tmp_path: Path) -> None:
+    """All differences at once, each named with its ranks, on every process."""
+    config = small(steps=2, every=2)
+    errors = [process.communicate()[1] for process in started_by_hand(tmp_path, config)]
+    for text in errors:
+        assert "gcrl: the processes of the run were started differently: " in text, text
+        for name in DIFFERENCES:
+            assert re.search(rf"\b{name}: \S+ on rank 0, \S+ on rank 1", text), (name, text)
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_images_say_so(tmp_path: Path) -> None:
+    config = small(steps=2, every=2)
+    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    for rank in range(2):
+        np.savez(tmp_path / f"{rank}.npz", images=images + np.uint8(rank))
+    flags = [[f"--data={tmp_path / f'{rank}.npz'}"] for rank in range(2)]
+    processes = started_by_hand(tmp_path, config, flags)
+    for process in processes:
+        _, text = process.communicate()
+        assert process.returncode == 2
+        assert re.search(r"training images: '\w+' on rank 0, '\w+' on rank 1", text), text
+
+
+def started_by_hand(
+    folder: Path, config: Config, flags: list[list[str]] | None = None
+) -> list[subprocess.Popen[str]]:
+    """Two processes of a run, each with flags of its own."""
+    (folder / "config.json").write_text(config.to_json())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = flags or [[], list(DIFFERENCES.values())]
+    words = [sys.executable, "-m", "gcrl", "train", f"--config={folder / 'config.json'}"]
+    words.append(f"--out={folder / 'run'}")
+    common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank, own in enumerate(flags):
+        place = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = {**os.environ, **common, **place}
+        processes.append(
+            subprocess.Popen([*words, *own], env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    return processes
+
+
+def assert_success(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors

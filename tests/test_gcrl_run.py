@@ -231,5 +231,5 @@ def test_load_refuses_weights_of_another_model(tmp_path: Path) -> None:
     tiny_run.save(tmp_path)
     wider = replace(tiny_run.CONFIG, model=replace(tiny_run.CONFIG.model, width=32))
     (tmp_path / "config.json").write_text(wider.to_json())
-    with pytest.raises(checkpoint.CheckpointError, match="the model"):
+    with pytest.raises(checkpoint.CheckpointError, match="beside it: width was 16, now 32"):
         load(tmp_path, device="cpu")

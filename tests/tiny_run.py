@@ -11,6 +11,7 @@ import torch
 from gcrl import checkpoint
 from gcrl.config import Config, EvaluationConfig, ModelConfig, OptimConfig, ViewsConfig
 from gcrl.data import Dataset, ImageSet
+from gcrl.manifest import manifest
 from gcrl.palette import save_palette
 from gcrl.run import Run, build_model, load
 
@@ -38,7 +39,8 @@ def save(folder: Path, config: Config = CONFIG, *, spread: float = 0.5) -> Path:
             parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
     optimizer = torch.optim.AdamW(model.parameters())
     ema = {name: 0.9 * parameter.detach() for name, parameter in model.named_parameters()}
-    checkpoint.save(folder, 30, model, optimizer, ema=ema)
+    state = manifest(config, PALETTE)
+    checkpoint.save(folder, 30, model, optimizer, ema=ema, state=state)
     return folder
 
 

@@ -188,7 +188,7 @@ class Step(Whole):
         case = self.case
         autocast = case.precision != torch.float32
         return backward(
-            self.network, self.weak, self.strong, case.config.objective, None, share=1, last=True,
+            self.network, self.weak, self.strong, case.config.objective, None, share=1,
             autocast=torch.autocast(case.device, case.precision) if autocast else nullcontext(),
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ gradient, and no gradient travels back. Positives are always of the same process
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,7 +45,8 @@ class _AnchorLosses(torch.autograd.Function):
         same_gradient: bool,
         backend: str,
     ) -> Tensor:
-        check_same_shape("z0, z1", len(z) // 2, z, group)
+        call = Call(len(z) // 2, z.shape[1], str(z.dtype), candidates, gather, scale_value)
+        check_same_call("z0, z1", call, group, z.device)
         options = (scale, scale_value, candidates)
         gathered = _gathered(z, candidates, group) if gather == "all" else []
         exact = z.new_full((len(z),), -torch.inf, dtype=torch.float64)
@@ -163,25 +164,61 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.cat(parts)
 
 
-# Of each group, the shapes that every process was seen to have.
-_same_shapes: WeakKeyDictionary[dist.ProcessGroup, set[tuple[int, int]]] = WeakKeyDictionary()
+class Call(NamedTuple):
+    """What the processes of a loss must have in common."""
+
+    images: int
+    features: int
+    dtype: str
+    candidates: str = reference.OTHERS
+    gather: str = "all"
+    scale: float = 0.0  # of the similarities; 0 for a tensor's, which is not read
+
+    def numbers(self) -> list[float]:
+        """Words by their places among those that there are."""
+        return [
+            float(WORDS[name].index(value) if name in WORDS else value)
+            for name, value in self._asdict().items()
+        ]
 
 
-def check_same_shape(names: str, count: int, z: Tensor, group: dist.ProcessGroup) -> None:
-    """Raise ValueError unless every process has as many images, `count`, and features, z's last.
+WORDS = {
+    "dtype": ("torch.float32", "torch.float64"),
+    "candidates": (reference.OTHERS, reference.NEGATIVES, reference.OTHER_HALF),
+    "gather": ("all", "ring"),
+}
 
-    The shapes are always gathered, so that the processes' collectives match, but a device is waited
-    for only when a shape is new here; a process whose own shape is not will then fail in the
+# Of each group, the calls that every process was seen to make.
+_same_calls: WeakKeyDictionary[dist.ProcessGroup, set[Call]] = WeakKeyDictionary()
+
+
+def check_same_call(names: str, call: Call, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raise ValueError, on every process, unless all make the same call.
+
+    The numbers are always exchanged, so that the processes' collectives match, but a device is
+    waited for only when a call is new here; a process whose own is not will then fail in the
     gathering that follows, when the other one has gone or the group's timeout is over.
     """
-    own = (count, z.shape[-1])
-    numbers = [torch.full((1, 1), number, device=z.device) for number in own]  # nothing is copied
-    gathered = all_gather(torch.cat(numbers, 1), group)
-    known = _same_shapes.setdefault(group, set())
-    if own in known and z.device.type != "cpu":
+    own = call.numbers()
+    row = torch.cat([torch.full((1, 1), n, dtype=torch.float64, device=device) for n in own], 1)
+    gathered = all_gather(row, group)  # [ranks, numbers]; made on the device: nothing is copied
+    known = _same_calls.setdefault(group, set())
+    if call in known and device.type != "cpu":
         return
-    shapes = gathered.tolist()
-    if any(other != shapes[0] for other in shapes):
-        views = ", ".join(f"rank {rank} has [{n}, {d}]" for rank, (n, d) in enumerate(shapes))
-        raise ValueError(f"{names}: expected the same shape [N, D] on every rank, got: {views}")
-    known.add(own)
+    rows = gathered.tolist()
+    texts = []
+    if any(row[:2] != rows[0][:2] for row in rows):
+        texts.append(_differing("shape [N, D]", [f"[{n:.0f}, {d:.0f}]" for n, d, *_ in rows]))
+    for place, name in enumerate(Call._fields[2:], 2):
+        values = [row[place] for row in rows]
+        if any(value != values[0] for value in values):
+            words = WORDS.get(name)
+            texts.append(_differing(name, [words[int(v)] if words else f"{v:g}" for v in values]))
+    if texts:
+        raise ValueError(f"{names}: {'; '.join(texts)}")
+    known.add(call)
+
+
+def _differing(name: str, values: list[str]) -> str:
+    each = ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
+    return f"expected the same {name} on every rank, got: {each}"

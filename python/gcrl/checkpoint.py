@@ -1,7 +1,8 @@
 """Checkpoints: RUN/checkpoints/step-00000200/{model,ema,optimizer}.safetensors and state.json.
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so that one under
-its final name is whole. state.json holds a SHA-256 of every other file. Loading runs no code.
+its final name is whole. state.json holds a SHA-256 of every other file, and of itself without that
+entry. Loading runs no code.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from gcrl.config import parse_json
+
 KEPT = 2  # the newest checkpoints of a run
 STATE = "state.json"
+OWN_DIGEST = "sha256 of this file"
 _UNFINISHED = ".unfinished-"
 
 
@@ -45,8 +49,7 @@ def save(
     """
     final = Path(folder) / "checkpoints" / f"step-{step:08d}"
     final.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in final.parent.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(leftover)
+    clean(folder)
     if final.exists():
         return final
 
@@ -58,16 +61,24 @@ def save(
     unfinished.mkdir()
     digests = {name: _write_tensors(unfinished / name, files[name]) for name in sorted(files)}
     content = {"step": step, **(state or {}), "sha256": digests}
+    content[OWN_DIGEST] = digest_of(content)
     write_durably(unfinished / STATE, (json.dumps(content, indent=2) + "\n").encode())
     _flush_folder(unfinished)
     unfinished.rename(final)
     _flush_folder(final.parent)
 
-    for old in _steps(folder)[:-KEPT]:
-        doomed = old.with_name(_UNFINISHED + old.name)  # so that none is ever half a checkpoint
-        old.rename(doomed)
-        shutil.rmtree(doomed)
+    clean(folder)
     return final
+
+
+def clean(folder: str | Path) -> None:
+    """Remove what an interruption may have left: unfinished files, and all but the newest two."""
+    for file in Path(folder).glob(".*.tmp"):
+        file.unlink()
+    for old in _steps(folder)[:-KEPT]:  # renamed first, so that none is ever half a checkpoint
+        old.rename(old.with_name(_UNFINISHED + old.name))
+    for leftover in (Path(folder) / "checkpoints").glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover)
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -129,16 +140,19 @@ def load_state(checkpoint: str | Path) -> dict[str, Any]:
     """
     path = Path(checkpoint) / STATE
     try:
-        state = json.loads(path.read_bytes())
+        state = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if (
-        not isinstance(state, dict)
-        or not isinstance(state.get("step"), int)
-        or not isinstance(state.get("sha256"), dict)
-    ):
+    if not isinstance(state, dict) or state.pop(OWN_DIGEST, None) != digest_of(state):
+        raise CheckpointError(f"{path}: is damaged: its SHA-256 is not the one in it")
+    if not isinstance(state.get("step"), int) or not isinstance(state.get("sha256"), dict):
         raise CheckpointError(f"{path}: is damaged: expected an object with 'step' and 'sha256'")
     return state
+
+
+def digest_of(state: Mapping[str, Any]) -> str:
+    """SHA-256 of what state.json holds, however it is laid out."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -18,6 +18,22 @@ class ConfigError(ValueError):
     """A configuration that cannot be read or makes no sense; the message names the field."""
 
 
+def expand(path: str | Path) -> Path:
+    """The path with its ~ written out; ConfigError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The JSON value of a text; ValueError whatever is wrong with it."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the images come from."""
@@ -138,6 +154,8 @@ class RuntimeConfig:
     """Backend of the kernels: 'reference', 'cpu', 'triton', 'cuda'; by default each one's best."""
     compile: bool = False
     """torch.compile the model."""
+    timeout: float = 10.0
+    """Minutes that the processes of a run wait for one another before they give up."""
     log_every: int = 10
     """Steps between two records in metrics.jsonl."""
     checkpoint_every: int = 200
@@ -180,8 +198,8 @@ class Config:
     def from_json(cls, text: str, source: str = "configuration") -> Config:
         """The inverse of to_json; `source` names the text in errors, which are as from_dict's."""
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise ConfigError(
                 f"{source}: expected JSON, got a text with an error: {error}"
             ) from error
@@ -274,6 +292,7 @@ def _rules(config: Config, backends: tuple[str, ...]) -> list[tuple[str, bool, s
          "'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"),
         ("backend", runtime.backend is None or runtime.backend in backends,
          "one of " + ", ".join(map(repr, backends))),
+        ("timeout", 0 < runtime.timeout <= 1e5, "a number of minutes above 0, at most 100,000"),
         ("log_every", runtime.log_every >= 1, "at least 1"),
         ("checkpoint_every", runtime.checkpoint_every >= 1, "at least 1"),
     ]  # fmt: skip
@@ -291,6 +310,8 @@ def _read(value: Any, kind: Any, where: str) -> Any:
     if get_origin(kind) is tuple and isinstance(value, list | tuple) and len(value) == len(options):
         parts = zip(value, options, strict=True)
         return tuple(_read(part, option, f"{where}[{i}]") for i, (part, option) in enumerate(parts))
+    if type(value) is int and abs(value) >= 2**63:
+        raise ConfigError(f"{where}: expected a number of 64 bits, got one of more")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is kind:

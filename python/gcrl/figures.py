@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from gcrl import metrics
 from gcrl.checkpoint import replace_file
-from gcrl.config import Config
+from gcrl.config import Config, ConfigError
 from gcrl.data import Dataset
 from gcrl.run import Run
 
@@ -34,7 +33,10 @@ def draw_curves(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     config = Config.load(folder / "config.json")
-    records = _read_metrics(folder / metrics.FILE)
+    path = folder / metrics.FILE
+    records = metrics.read(path, "images")
+    if not records:
+        raise ConfigError(f"{path}: expected at least one record of the training, found none")
     colors, batch = config.model.colors, _global_batch(records[-1], config)
     figure = Figure(figsize=(10, 4), layout="constrained")
     pixels, views = figure.subplots(1, 2)
@@ -101,13 +103,6 @@ def save(figure: Figure, path: Path) -> Path:
     figure.savefig(content, format="png", dpi=figure.dpi)
     replace_file(path, content.getvalue())
     return path
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    if not lines:
-        raise ValueError(f"{path}: expected at least one record of the training, found none")
-    return [json.loads(line) for line in lines]
 
 
 def _global_batch(record: dict[str, Any], config: Config) -> int:

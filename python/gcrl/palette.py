@@ -55,7 +55,7 @@ def save_palette(path: str | Path, palette: torch.Tensor) -> None:
     """Write a palette, [K, 3] in 0..255, as float32 .npy: whole, or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as out:
             np.save(out, palette.detach().cpu().float().numpy())

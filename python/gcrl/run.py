@@ -14,6 +14,7 @@ from tqdm import tqdm
 from gcrl import checkpoint, sampling
 from gcrl.config import Config
 from gcrl.data import fit_to_grid
+from gcrl.manifest import check
 from gcrl.model import GCRL
 from gcrl.palette import load_palette, to_rgb, to_tokens
 
@@ -188,8 +189,9 @@ def load(folder: str | Path, *, device: str = "auto", ema: bool = True) -> Run:
     folder: runs/<name>, with config.json, palette.npy and checkpoints.
     device: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'.
     ema: take the average of the weights, where the run keeps one.
-    Raises FileNotFoundError where the folder is not a run or has no checkpoint yet, and ValueError
-    for files that do not fit together.
+    Raises FileNotFoundError where the folder is not a run or has no checkpoint yet, ValueError for
+    files that do not fit together, and CheckpointError for a checkpoint that is damaged, or not of
+    the configuration and palette that lie beside it.
     """
     folder = Path(folder)
     place = resolve_device(device)
@@ -206,7 +208,8 @@ def load(folder: str | Path, *, device: str = "auto", ema: bool = True) -> Run:
             f"{folder}: palette.npy has {len(palette)} colours, "
             f"the model in config.json {config.model.colors}"
         )
+    state = checkpoint.load_state(saved)
+    check(saved, state, config, palette)
     model = build_model(config)
     checkpoint.load_weights(model, saved, ema=ema)
-    step = int(saved.name.removeprefix("step-"))
-    return Run(config, model.to(place).eval(), palette.to(place), folder, step)
+    return Run(config, model.to(place).eval(), palette.to(place), folder, state["step"])

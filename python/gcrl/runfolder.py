@@ -8,18 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from gcrl import checkpoint
-from gcrl.config import Config, ConfigError
+from gcrl.config import Config, ConfigError, expand
 from gcrl.data import NAMES, DataError, Dataset, load_dataset
 from gcrl.distributed import Team
+from gcrl.manifest import ADJUSTABLE, changed_settings
 from gcrl.palette import fit, load_palette, save_palette
-
-# What may differ when a run goes on: none of it changes what is computed. (The training images
-# themselves are compared, so that they may have moved.)
-FREE = {
-    "preset", "data", "download",
-    "evaluate", "probe_train", "probe_test", "neighbors", "sample_count",
-    "device", "backend", "compile", "log_every", "checkpoint_every",
-}  # fmt: skip
 
 
 def check_folder(config: Config, folder: Path, team: Team, *, resume: bool) -> None:
@@ -39,17 +32,16 @@ def check_folder(config: Config, folder: Path, team: Team, *, resume: bool) -> N
         raise ConfigError(f"{folder} holds no run to go on with: start one without --resume")
     else:
         before, now = _located(Config.load(path)).flat(), _located(config).flat()
-        changes = [
-            f"{name} was {before[name]!r}, now {now[name]!r}"
-            for name in now
-            if name not in FREE and before[name] != now[name]
-        ]
+        changed = changed_settings(before, now)
+        changes = [text for name, text in changed.items() if name not in ADJUSTABLE]
         if changes:
             raise ConfigError(
                 f"{folder} cannot go on with another configuration: {'; '.join(changes)}. "
                 "Leave these as they were, or choose another folder with --out"
             )
     team.wait()  # before anything is written there
+    if team.leads and resume:
+        checkpoint.clean(folder)
 
 
 def prepare(config: Config, folder: Path, team: Team, *, progress: bool) -> tuple[Dataset, Tensor]:
@@ -61,7 +53,7 @@ def prepare(config: Config, folder: Path, team: Team, *, progress: bool) -> tupl
         DataError, ConfigError: the images or the palette cannot be used.
     """
     if not team.leads:
-        team.wait()  # the first process downloads and fits
+        team.wait(patiently=True)  # the first process downloads and fits
     dataset = load_dataset(config.data.data, config.model.grid, download=config.data.download)
     _check_batch(config, dataset, team)
     path = folder / "palette.npy"
@@ -70,7 +62,7 @@ def prepare(config: Config, folder: Path, team: Team, *, progress: bool) -> tupl
         if not (settings.exists() and path.exists()):
             save_palette(path, _make_palette(config, dataset, progress=progress))
         checkpoint.replace_file(settings, _located(config).to_json().encode())
-        team.wait()
+        team.wait(patiently=True)
     return dataset, _load_palette(path, config, rescale=False)
 
 
@@ -100,7 +92,7 @@ def _located(config: Config) -> Config:
 
 def _absolute(path: str) -> str:
     """Its folder without links and '..', so that it is the same however it is reached."""
-    expanded = Path(path).expanduser()
+    expanded = expand(path)
     return str(expanded.parent.resolve() / expanded.name)
 
 
@@ -116,7 +108,7 @@ def _check_batch(config: Config, dataset: Dataset, team: Team) -> None:
 
 def _make_palette(config: Config, dataset: Dataset, *, progress: bool) -> Tensor:
     if config.data.palette is not None:
-        return _load_palette(Path(config.data.palette).expanduser(), config, rescale=True)
+        return _load_palette(expand(config.data.palette), config, rescale=True)
     try:
         return fit(dataset.train.images, config.model.colors, config.runtime.seed, progress)
     except ValueError as error:  # fewer pixels than colours

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import gcrl
+import gcrl_kernels
 from gcrl import checkpoint
 from gcrl.config import Config, ObjectiveConfig, OptimConfig, RuntimeConfig
 from gcrl.data import Dataset
 from gcrl.distributed import Team, join
 from gcrl.interrupts import Interrupted, Interrupts
+from gcrl.lock import hold
+from gcrl.manifest import check, manifest, palette_digest
 from gcrl.metrics import Recorder, Window
 from gcrl.run import build_model
 from gcrl.runfolder import check_folder, prepare, report
@@ -56,18 +59,19 @@ def train(
     """
     folder = Path(folder)
     config.validate()
-    with join(config.runtime.device) as team:
+    with join(config, started_with(config, resume)) as team:
         check_backend(config, team)
-        check_folder(config, folder, team, resume=resume)
-        dataset, palette = prepare(config, folder, team, progress=progress)
-        trainer = Trainer(config, dataset, palette, team)
-        saved = checkpoint.latest(folder)
-        if saved is not None:
-            trainer.restore(saved)
-        trainer.fit(folder, progress=progress)
-        if team.leads and config.evaluation.evaluate:
-            report(config, folder, dataset, progress=progress)
-        team.wait()
+        with hold(folder) if team.leads else nullcontext():
+            check_folder(config, folder, team, resume=resume)
+            dataset, palette = prepare(config, folder, team, progress=progress)
+            trainer = Trainer(config, dataset, palette, team)
+            saved = checkpoint.latest(folder)
+            if saved is not None:
+                trainer.restore(saved)
+            team.check_same(trainer.state_digests())
+            trainer.fit(folder, progress=progress)
+            if team.leads and config.evaluation.evaluate:
+                report(config, folder, dataset, progress=progress)
 
 
 class Trainer:
@@ -81,7 +85,7 @@ class Trainer:
         self.order, self.order_epoch = torch.empty(0), -1
 
         self.model = build_model(config).to(team.device)
-        self.network = wrap(self.model, config, team)
+        self.network = compiled(self.model) if config.runtime.compile else self.model
         self.optimizer = make_optimizer(self.model, config.optim)
         self.averages: dict[str, Tensor] | None = None
         if config.optim.ema:
@@ -135,6 +139,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         parts = range(config.optim.accumulate)
         losses = torch.stack([self.backward(part) for part in parts]).mean(0)
+        average_gradients(self.model, self.team)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip)
         self.optimizer.step()
         self.step += 1
@@ -148,10 +153,9 @@ class Trainer:
     def backward(self, part: int) -> Tensor:
         """Add the gradients of one batch; its losses, [generative, contrastive, weighted sum]."""
         weak, strong = self.tokens(part)
-        accumulate = self.config.optim.accumulate
         return backward(
             self.network, weak, strong, self.config.objective, self.team.group,
-            share=1 / accumulate, last=part == accumulate - 1,
+            share=1 / self.config.optim.accumulate,
             autocast=autocast(self.team.device, self.config.runtime),
         )  # fmt: skip
 
@@ -239,6 +243,7 @@ class Trainer:
                     "training_images": self.fingerprint,
                     "window": {"sums": sums, "count": self.window.count},
                     "torch": torch.__version__,
+                    **manifest(self.config, self.palette),
                 },
             )  # fmt: skip
         self.team.wait()
@@ -247,9 +252,13 @@ class Trainer:
         """Go on from a checkpoint.
 
         Raises:
-            CheckpointError: it is damaged, or from other images or another number of processes.
+            CheckpointError: it is damaged, or from other images, other settings (see
+                gcrl.manifest), another palette or another number of processes.
         """
         state = checkpoint.load_state(saved)
+        for change in check(saved, state, self.config, self.palette):
+            if self.team.leads:
+                print(f"gcrl: {change}; the learning rate goes by it from here", file=sys.stderr)
         here = {"processes": self.team.size, "training_images": self.fingerprint}
         for name, value in here.items():
             if state.get(name) != value:
@@ -262,7 +271,24 @@ class Trainer:
         if self.averages is not None:
             checkpoint.load_ema(saved, self.averages)
         self.step = state["step"]
-        self.window.restore(**state["window"])
+        try:
+            self.window.restore(**state["window"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise checkpoint.CheckpointError(
+                f"{saved}: is damaged: expected a 'window' of sums and a count: {error!r}"
+            ) from error
+
+    def state_digests(self) -> dict[str, str]:
+        """What must be the same on all processes before they train: names and hashes."""
+        weights = hashlib.sha256()
+        for tensor in self.model.state_dict().values():
+            weights.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return {
+            "training images": self.fingerprint,
+            "palette": palette_digest(self.palette),
+            "weights": weights.hexdigest(),
+            "step": str(self.step),
+        }
 
 
 def check_backend(config: Config, team: Team) -> None:
@@ -272,14 +298,42 @@ def check_backend(config: Config, team: Team) -> None:
         choose(operator, config.runtime.backend, example)
 
 
-def wrap(model: nn.Module, config: Config, team: Team) -> nn.Module:
-    """The model as it is called in training: compiled, and averaging gradients over processes."""
-    network: nn.Module = torch.compile(model) if config.runtime.compile else model  # type: ignore
+def started_with(config: Config, resume: bool) -> dict[str, Any]:
+    """What all processes of a run must have in common: settings, versions and the code itself."""
+    flat = config.flat()
+    del flat["data"], flat["palette"]  # paths; what they hold is compared when it is read
+    return {**flat, "resume": resume, "torch": torch.__version__, "code": code_digest()}
+
+
+def code_digest() -> str:
+    """A hash of this package's and the kernels' source."""
+    digest = hashlib.sha256()
+    for package in (gcrl, gcrl_kernels):
+        folder = Path(str(package.__file__)).parent
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    network: nn.Module = torch.compile(model)  # type: ignore[assignment]
+    return network
+
+
+def average_gradients(model: nn.Module, team: Team) -> None:
+    """The mean over the processes, in place.
+
+    All are summed at once in the parameters' order, so that a run that goes on adds in the same
+    order as one that was never interrupted, with any number of processes.
+    """
     if team.group is None:
-        return network
-    unused = not (config.objective.alpha and config.objective.beta)  # the decoder or the projection
-    devices = None if team.device.type == "cpu" else [team.device]
-    return DistributedDataParallel(network, devices, find_unused_parameters=unused)
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together, group=team.group)
+    together /= team.size
+    parts = together.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
 
 
 def backward(
@@ -290,20 +344,16 @@ def backward(
     group: dist.ProcessGroup | None,
     *,
     share: float,
-    last: bool,
     autocast: AbstractContextManager[object] | None = None,
 ) -> Tensor:
     """Add a batch's gradients, times its share of the step; its losses, detached.
 
-    weak, strong [B, H, W] tokens. Returns [generative, contrastive, weighted sum]. The processes'
-    gradients are averaged with the step's last batch, those of all batches at once.
+    weak, strong [B, H, W] tokens. Returns [generative, contrastive, weighted sum].
     """
-    waits = isinstance(network, DistributedDataParallel) and not last
-    with network.no_sync() if waits else nullcontext():  # type: ignore[operator]
-        with autocast or nullcontext():
-            losses = network(weak, strong, objective, group)
-        loss = objective.alpha * losses.generative + objective.beta * losses.contrastive
-        (loss * share).backward()
+    with autocast or nullcontext():
+        losses = network(weak, strong, objective, group)
+    loss = objective.alpha * losses.generative + objective.beta * losses.contrastive
+    (loss * share).backward()
     return torch.stack((losses.generative, losses.contrastive, loss)).detach()
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from gcrl.checkpoint import replace_file
 from gcrl.evaluation.options import stamp
 
-FORMAT = 2  # to be raised when what is computed changes
+FORMAT = 3  # to be raised when what is computed changes
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class Store:
@@ -29,10 +29,11 @@ class Store:
     ) -> np.ndarray:
         """The array of that kind that follows from the ingredients; computed where it is absent."""
         path = self.path(kind, ingredients)
-        try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            array = compute()
+        stored = self.read(path)
+        if stored is not None:
+            array: np.ndarray = np.load(io.BytesIO(stored), allow_pickle=False)
+            return array
+        array = compute()
         content = io.BytesIO()
         np.save(content, array, allow_pickle=False)
         self.write(path, content.getvalue())
@@ -40,19 +41,26 @@ class Store:
 
     def network(self, path: Path) -> dict[str, Tensor] | None:
         """The tensors of a file of the store by name; None where it is absent."""
-        try:
-            return safetensors.torch.load(path.read_bytes())
-        except (OSError, SafetensorError):
-            return None
+        content = self.read(path)
+        return None if content is None else safetensors.torch.load(content)
 
     def path(self, kind: str, ingredients: Sequence[bytes], suffix: str = ".npy") -> Path:
         """The file of what follows from the ingredients."""
         return self.folder / f"{kind}-{digest(str(FORMAT).encode(), *ingredients)[:32]}{suffix}"
 
     def write(self, path: Path, content: bytes) -> None:
-        """Write a file of the store: whole, or not at all."""
+        """Write a file of the store: whole, or not at all; its SHA-256 follows the content."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, content)
+        replace_file(path, content + hashlib.sha256(content).digest())
+
+    def read(self, path: Path) -> bytes | None:
+        """The content of a file of the store; None where it is absent or damaged."""
+        try:
+            stored = path.read_bytes()
+        except OSError:
+            return None
+        content, own = stored[:-DIGEST_BYTES], stored[-DIGEST_BYTES:]
+        return content if hashlib.sha256(content).digest() == own else None
 
 
 def digest(*parts: bytes) -> str:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from gcrl.checkpoint import replace_file
-from gcrl.config import ConfigError
+from gcrl.config import ConfigError, parse_json
 from gcrl.evaluation import PARTS
 from gcrl.evaluation.store import digest
 from gcrl.evaluation.subject import NotMeasuredError, Subject
@@ -101,10 +101,11 @@ def _measure(subject: Subject, name: str) -> dict[str, Any]:
 def _saved(subject: Subject, name: str) -> dict[str, Any]:
     """What a part's file holds if it is of this network, whatever the images and options."""
     try:
-        saved = json.loads((subject.folder / f"{name}.json").read_bytes())
+        saved = parse_json((subject.folder / f"{name}.json").read_bytes())
     except (OSError, ValueError):
         return {}
-    return saved if saved.get("network") == _network(subject) else {}
+    ours = isinstance(saved, dict) and isinstance(saved.get("results"), dict)
+    return saved if ours and saved.get("network") == _network(subject) else {}
 
 
 def _network(subject: Subject) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from gcrl import metrics
@@ -27,8 +26,7 @@ def training_flops(model: ModelConfig, encoded_views: int, *, generates: bool) -
 def training_seconds(folder: Path) -> float:
     """How long a run has trained, from its records: time for checkpoints and pauses left out."""
     seconds, before = 0.0, 0
-    for line in (folder / metrics.FILE).read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in metrics.read(folder / metrics.FILE, "images", "images_per_second"):
         seconds += (record["images"] - before) / record["images_per_second"]
         before = record["images"]
     return seconds

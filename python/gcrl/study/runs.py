@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import gcrl
-from gcrl.config import SEEDS, Config, ConfigError
+from gcrl.config import SEEDS, Config, ConfigError, expand, parse_json
 from gcrl.data import Dataset, ImageSet, load_dataset
 from gcrl.distributed import find_device
 from gcrl.evaluation import finetuning, suite
@@ -21,6 +21,7 @@ from gcrl.evaluation.store import Store, array_digest, content_digest, digest
 from gcrl.evaluation.subject import Subject
 from gcrl.evaluation.suite import StoppedError, run_parts
 from gcrl.interrupts import Interrupted
+from gcrl.lock import hold
 from gcrl.probes import check_finite
 from gcrl.run import Run, load
 from gcrl.study import report
@@ -53,11 +54,14 @@ class Study:
         StoppedError after Ctrl-C.
         """
         self._check()
+        with hold(self.folder):
+            return self._conduct()
+
+    def _conduct(self) -> dict[str, Any]:
         grid, data = self.config.model.grid, self.config.data
         dataset = load_dataset(data.data, grid, download=data.download)
         identity = self._identity(dataset)
         finished = self._finished(dataset, identity)
-        self.folder.mkdir(parents=True, exist_ok=True)
         measured: dict[int, dict[str, Any]]
         measured = {s: finished.get(s, {}) for s in sorted({*finished, *self.seeds})}
         results = self._results(measured, dataset, identity)
@@ -82,12 +86,18 @@ class Study:
 
         Of another one, they can be measured anew where their runs are; ConfigError where not.
         """
-        try:
-            saved = json.loads((self.folder / "study.json").read_bytes())
-        except (OSError, ValueError):
+        path = self.folder / "study.json"
+        if not path.exists():
             return {}
+        try:
+            saved = parse_json(path.read_bytes())
+            seeds = {entry["seed"]: dict(entry["networks"]) for entry in saved["seeds"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path}: is damaged, or no study's: remove it, and what the runs beside it hold "
+                f"is measured anew ({error!r})"
+            ) from error
         expected = set(VARIANTS) - ({LABELS} if dataset.train.labels is None else set())
-        seeds = {entry["seed"]: entry["networks"] for entry in saved["seeds"]}
         whole = {seed: found for seed, found in seeds.items() if set(found) == expected}
         differing = [key for key, value in identity.items() if saved.get(key) != value]
         if not differing:
@@ -117,7 +127,7 @@ class Study:
             "config": config,
             "format": suite.FORMAT,
             "precision": resolve_precision(find_device(self._device), self.config.runtime),
-            "palette": palette and digest(Path(palette).expanduser().read_bytes()),
+            "palette": palette and digest(expand(palette).read_bytes()),
             "options": measured,
             "images": digest(*arrays),
         }
