@@ -95,9 +95,8 @@ class Trials:
             ["os.fsync", "os.replace", "pathlib.Path.rename", "shutil.rmtree"]
         )
         code = self.random.choice([errno.ENOSPC, errno.EIO, errno.EDQUOT])
-        with failing(name, self.random.randrange(12), code):
-            with suppress(OSError):
-                train(RUN, run, progress=False)
+        with failing(name, self.random.randrange(12), code), suppress(OSError):
+            train(RUN, run, progress=False)
         self.check_resumes(run)
 
     def flipped_bit(self) -> None:
