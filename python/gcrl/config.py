@@ -28,6 +28,8 @@ class DataConfig:
     """Fetch CIFAR-10 into the folder that --data names, if it is not there yet."""
     palette: str | None = None
     """A palette to load (.npy, [colors, 3]); by default one is fitted on the training images."""
+    max_gigabytes: float = 4.0
+    """Memory that reading the images may take, about; a file that needs more is an error."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,7 @@ def _rules(config: Config, backends: tuple[str, ...]) -> list[tuple[str, bool, s
     contrasts = objective.beta > 0
     return [
         ("palette", data.palette != "", "a path to an .npy file"),
+        ("max_gigabytes", 0 < data.max_gigabytes < INFINITY, "a number above 0"),
         ("grid", min(model.grid) >= 2, "a height and a width of at least 2"),
         ("colors", model.colors >= 2, "at least 2"),
         ("width", model.width >= 1, "at least 1"),

@@ -29,7 +29,7 @@ def fit_to_grid(images: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     height, width = images.shape[1:3]
     if (height, width) == tuple(grid):
         return images
-    left, top, right, bottom = box = centred_part((height, width), grid)
+    left, top, _, bottom = box = centred_part((height, width), grid)
     side = (bottom - top) / grid[0]  # of the block that becomes a pixel
     if side.is_integer():
         rows = slice(int(top), int(top) + int(side) * grid[0])

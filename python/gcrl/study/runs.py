@@ -21,6 +21,7 @@ from gcrl.evaluation.store import Store, array_digest, content_digest, digest
 from gcrl.evaluation.subject import Subject
 from gcrl.evaluation.suite import StoppedError, run_parts
 from gcrl.interrupts import Interrupted
+from gcrl.paths import expand
 from gcrl.probes import check_finite
 from gcrl.run import Run, load
 from gcrl.study import report
@@ -117,7 +118,7 @@ class Study:
             "config": config,
             "format": suite.FORMAT,
             "precision": resolve_precision(find_device(self._device), self.config.runtime),
-            "palette": palette and digest(Path(palette).expanduser().read_bytes()),
+            "palette": palette and digest(expand(palette).read_bytes()),
             "options": measured,
             "images": digest(*arrays),
         }
