@@ -9,8 +9,10 @@ from contextvars import ContextVar
 
 from gcrl.config import ConfigError, DataConfig
 from gcrl.data.dataset import DataError
+from gcrl.memory import give_back
 
 GIGABYTE = 10**9
+SMALL = 128  # this part of the limit may stay with a thread that has freed it
 _gigabytes = ContextVar("max_gigabytes", default=DataConfig.max_gigabytes)
 
 
@@ -56,6 +58,8 @@ class Budget:
         try:
             yield
         finally:
+            if size > self.limit // SMALL:
+                give_back()
             with self._changed:
                 self._lent -= size
                 self._changed.notify_all()

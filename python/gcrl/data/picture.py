@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from gcrl.data.budget import Budget
 from gcrl.data.dataset import DataError
@@ -99,13 +100,20 @@ def _read_what_is_sound(stream: BinaryIO, grid: tuple[int, int], budget: Budget)
 
 def _read(stream: BinaryIO, size: int, grid: tuple[int, int], budget: Budget) -> Picture:
     """`size`: the bytes that the file itself takes while it is decoded."""
-    with Image.open(stream, formats=FORMATS) as image:
-        pixels = max(image.width * image.height, _tile_pixels(image))
-        with budget.lend(size + pixels * _pixel_bytes(image)):
-            image.load()
-            rgb, was_transparent = _upright_rgb(image)
-            fitted = fit_to_grid(rgb[np.newaxis], grid)[0]
-            return Picture(fitted, was_transparent, _is_animated(image))
+    image = Image.open(stream, formats=FORMATS)
+    pixels = max(image.width * image.height, _tile_pixels(image))
+    with budget.lend(size + pixels * _pixel_bytes(image)):
+        try:
+            return _decode(image, grid)
+        finally:
+            image.close()  # within the loan, as it frees the pixels
+
+
+def _decode(image: ImageFile, grid: tuple[int, int]) -> Picture:
+    image.load()
+    rgb, was_transparent = _upright_rgb(image)
+    fitted = fit_to_grid(rgb[np.newaxis], grid)[0]
+    return Picture(fitted, was_transparent, _is_animated(image))
 
 
 def _pixel_bytes(image: Image.Image) -> int:
