@@ -122,6 +122,8 @@ class _Machine:
             if start < 0:
                 raise PickleError("it takes more values than there are")
             values = self.stack[start:]
+            if any(value is MARK for value in values):
+                raise PickleError("a mark is out of place")
         else:
             while self.stack[start - 1] is not MARK:
                 start -= 1
