@@ -22,8 +22,8 @@ DTYPE = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
 
 
 def array(shape: bytes, content: bytes, dtype: bytes = DTYPE) -> bytes:
-    """The opcodes of an array; `shape` those of its shape."""
-    return ARRAY + b"(K\x01" + shape + dtype + b"\x89" + content + b"tb"
+    """A dict with an array; `shape` and `content` are opcodes."""
+    return b"}U\x01a" + ARRAY + b"(K\x01" + shape + dtype + b"\x89" + content + b"tbs."
 
 
 HOSTILE = {
@@ -68,6 +68,7 @@ HOSTILE = {
     "other dtype": array(b"K\x01\x85", b"U\x01a", b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R"),
     "a dtype of tuples": array(b"K\x01\x85", b"U\x01a", b"cnumpy\ndtype\n)\x85K\x00K\x01\x87R"),
     "no state": ARRAY + b"Nb.",
+    "state of few": ARRAY + b")b.",
     "built from nothing": b"}Nb.",
 }
 
@@ -102,6 +103,12 @@ def test_a_hostile_batch_is_named(tmp_path: Path, name: str) -> None:
     (folder / "data_batch_2").write_bytes(b"\x80\x02" + HOSTILE[name])
     with pytest.raises(DataError, match=f"{folder / 'data_batch_2'}: not a file of CIFAR-10"):
         load_dataset(str(folder), (2, 2))
+
+
+def test_a_plain_array_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "data_batch_1"
+    file.write_bytes(b"\x80\x02" + array(b"K\x01K\x03\x86", b"U\x03abc"))
+    assert read_pickle(file)[b"a"].tolist() == [[97, 98, 99]]
 
 
 def test_lists_that_hold_themselves(tmp_path: Path) -> None:
