@@ -1,4 +1,4 @@
-"""Images on a grid, the digits, and sources that are none."""
+"""The digits, and sources that are none."""
 
 from __future__ import annotations
 
@@ -8,60 +8,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.metrics import pairwise_distances_argmin
-from tiny_run import random_images
 
-from gcrl.data import DataError, ImageSet, fit_to_grid, load_dataset
+from gcrl.data import DataError, ImageSet, load_dataset
 from gcrl.data.dataset import hold_out
-
-# fit_to_grid
-
-
-def test_blocks_are_averaged_exactly() -> None:
-    images = random_images(5, 12, 24, 3)
-    fitted = fit_to_grid(images, (4, 8))
-    means = images.astype(float).reshape(5, 4, 3, 8, 3, 3).mean(axis=(2, 4))
-    assert fitted.dtype == np.uint8
-    assert np.array_equal(fitted, np.floor(means + 0.5))
-
-
-def test_white_stays_white_in_large_blocks() -> None:
-    images = np.full((1, 2048, 2048, 3), 255, dtype=np.uint8)
-    assert (fit_to_grid(images, (2, 2)) == 255).all()
-
-
-def test_the_middle_is_kept_where_the_aspect_differs() -> None:
-    images = np.zeros((2, 16, 48, 3), dtype=np.uint8)
-    images[:, :, 16:32] = random_images(2, 16, 16, 3)
-    assert np.array_equal(fit_to_grid(images, (8, 8)), fit_to_grid(images[:, :, 16:32], (8, 8)))
-    assert np.array_equal(fit_to_grid(images, (16, 16)), images[:, :, 16:32])
-
-
-@pytest.mark.parametrize("size", [(7, 7), (30, 20), (100, 37), (64, 65)])
-def test_other_sizes_are_resampled(size: tuple[int, int]) -> None:
-    row, column = np.mgrid[: size[0], : size[1]] + 0.5
-    waves = np.stack([row / size[0], column / size[1], 0 * row], axis=-1) * 200
-    fitted = fit_to_grid(waves.astype(np.uint8)[np.newaxis], (16, 16))[0].astype(float)
-    assert fitted.shape == (16, 16, 3)
-    middle = fitted[4:12, 4:12].mean(axis=(0, 1))
-    assert middle == pytest.approx([100, 100, 0], abs=2)
-
-
-def test_fine_stripes_are_smoothed_not_sampled() -> None:
-    stripes = np.zeros((1, 50, 50, 3), dtype=np.uint8)
-    stripes[:, ::2] = 200
-    assert np.abs(fit_to_grid(stripes, (16, 16)).astype(int) - 100).max() < 25
-
-
-@pytest.mark.parametrize(
-    "images",
-    [np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 3), np.uint8), np.zeros((2, 8, 8, 4), np.uint8)],
-)
-def test_fit_to_grid_refuses_other_arrays(images: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="images: expected uint8"):
-        fit_to_grid(images, (4, 4))
-
-
-# digits
 
 
 def test_digits_are_the_same_on_every_call() -> None:

@@ -19,7 +19,8 @@ import pytest
 from tiny_run import random_images
 
 from gcrl.data import DataError, download, fit_to_grid, load_dataset
-from gcrl.data.cifar10 import FILES, FOLDER, read_pickle
+from gcrl.data.cifar10 import FILES, FOLDER
+from gcrl.data.plain_pickle import read_pickle
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

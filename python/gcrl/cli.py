@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from gcrl import memory
-from gcrl.config import SEEDS, Config, ConfigError
+from gcrl.config import SEEDS, Config, ConfigError, DataConfig
 from gcrl.evaluation import PARTS
 from gcrl.evaluation.options import Options
+from gcrl.paths import expand, expand_all, name_of
 from gcrl.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -33,16 +34,19 @@ class Train:
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Folder of the run; by default runs/PRESET."""
+    """Folder of the run; by default runs/PRESET, with --data alone runs/NAME of the data."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on from the newest checkpoint in --out."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Start from this configuration, such as RUN/config.json, and not from a preset."""
 
     def __call__(self) -> None:
+        from gcrl.data import memory_limit
         from gcrl.trainer import train
 
-        train(self.settings, self.out or _default_folder(self.settings.preset), resume=self.resume)
+        folder = self.out or _default_folder("runs", self.settings)
+        with memory_limit(self.settings.data.max_gigabytes):
+            train(self.settings, folder, resume=self.resume)
 
 
 @dataclass(frozen=True)
@@ -68,20 +72,23 @@ class Evaluate:
     """Measure anew what is there already; from the same features, which stay kept."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
+    max_gigabytes: float | None = None
+    """Memory that reading images may take, about; by default as in training."""
     measurement: Options = field(default_factory=Options)
 
     def __call__(self) -> None:
-        from gcrl.data import load_dataset
+        from gcrl.data import load_dataset, memory_limit
         from gcrl.evaluation.subject import Subject
         from gcrl.evaluation.suite import choose_parts, run_parts, table
 
         self.measurement.validate()
         choose_parts(self.parts)
         run = _load(self.run, self.device)
-        dataset = load_dataset(self.data or run.config.data.data, run.config.model.grid)
-        name = f"evaluation-{dataset.name}" if self.data else "evaluation"
-        subject = Subject(run, dataset, self.out or self.run / name, self.measurement)
-        results = run_parts(subject, self.parts, again=self.again)
+        with memory_limit(_or_else(self.max_gigabytes, run.config.data.max_gigabytes)):
+            dataset = load_dataset(self.data or run.config.data.data, run.config.model.grid)
+            name = f"evaluation-{dataset.name}" if self.data else "evaluation"
+            subject = Subject(run, dataset, self.out or self.run / name, self.measurement)
+            results = run_parts(subject, self.parts, again=self.again)
         print("\n".join(table(part, measured) for part, measured in results.items()), end="")
 
 
@@ -102,7 +109,7 @@ class Study:
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Folder of the study; by default studies/PRESET."""
+    """Folder of the study; by default studies/PRESET, with --data alone studies/NAME of it."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Start from this configuration, such as RUN/config.json, and not from a preset."""
     seeds: tuple[int, ...] = ()
@@ -115,13 +122,15 @@ class Study:
     """Images unlike the run's, to be told apart: .npz files or folders of images."""
 
     def __call__(self) -> None:
+        from gcrl.data import memory_limit
         from gcrl.study import report, runs
 
-        folder = self.out or Path("studies") / self.settings.preset
+        folder = self.out or _default_folder("studies", self.settings)
         seeds = self.seeds or (self.settings.runtime.seed,)
         options = Options(self.train_images, self.test_images, ood=self.ood)
         study = runs.Study(self.settings, folder, seeds, options)
-        print(report.table(study.conduct()), end="")
+        with memory_limit(self.settings.data.max_gigabytes):
+            print(report.table(study.conduct()), end="")
 
 
 @dataclass(frozen=True)
@@ -143,10 +152,13 @@ class Sample:
     """The picture to write; by default RUN/generated.png or RUN/completed.png."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
+    max_gigabytes: float | None = None
+    """Memory that reading images may take, about; by default as in training."""
 
     def __call__(self) -> None:
         import torch
 
+        from gcrl.data import memory_limit
         from gcrl.figures import save_images
 
         for name, value in (("count", self.count), ("temperature", self.temperature)):
@@ -162,7 +174,8 @@ class Sample:
         if self.complete is None:
             images = run.sample(self.count, **options)
         else:
-            given = _given_images(self.complete, run.config.model.grid)[: self.count]
+            with memory_limit(_or_else(self.max_gigabytes, run.config.data.max_gigabytes)):
+                given = _given_images(self.complete, run.config.model.grid)[: self.count]
             pair = (run.quantize(given), run.complete(given, **options))
             images = torch.cat(pair, 2)  # [N, H, 2W, 3]
         name = "generated.png" if self.complete is None else "completed.png"
@@ -185,9 +198,11 @@ class Palette:
     """Height and width that the images are brought to first."""
     seed: int = 0
     """Seed of the pixels and of k-means."""
+    max_gigabytes: float = DataConfig.max_gigabytes
+    """Memory that reading the images may take, about."""
 
     def __call__(self) -> None:
-        from gcrl.data import load_dataset
+        from gcrl.data import load_dataset, memory_limit
         from gcrl.figures import save_images
         from gcrl.palette import fit, save_palette
 
@@ -199,7 +214,8 @@ class Palette:
                 f"{self.colors} and {self.grid[0]}x{self.grid[1]}"
             )
         _check_seed(self.seed)
-        dataset = load_dataset(self.data, self.grid)
+        with memory_limit(self.max_gigabytes):
+            dataset = load_dataset(self.data, self.grid)
         try:
             palette = fit(dataset.train.images, self.colors, self.seed, progress=True)
         except ValueError as error:  # fewer pixels than colours
@@ -224,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=words,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
-        command()
+        expand_all(command)()
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (ConfigError, OSError) as error:
@@ -252,8 +268,9 @@ def _starting_settings(words: list[str]) -> Config:
     """What the flags of `gcrl train` change: a preset, a file, or the run that is resumed."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset")
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--config", type=expand)
+    parser.add_argument("--out", type=expand)
     parser.add_argument("--resume", action="store_true")
     try:
         given, _ = parser.parse_known_args(words)
@@ -263,19 +280,29 @@ def _starting_settings(words: list[str]) -> Config:
         raise ConfigError("preset, config: expected one of them, got both")
     if given.config:
         return Config.load(given.config)
-    saved = (given.out or _default_folder(given.preset or "digits")) / "config.json"
+    name = given.preset or ("digits" if given.data == "digits" else "pictures")
+    settings = PRESETS.get(name, PRESETS["digits"])
+    located = replace(settings, data=replace(settings.data, data=given.data))
+    saved = (given.out or _default_folder("runs", located)) / "config.json"
     if given.resume and not given.preset and saved.exists():
         return Config.load(saved)
-    return PRESETS.get(given.preset or "digits", PRESETS["digits"])
+    return settings
 
 
-def _default_folder(name: str) -> Path:
-    return Path("runs") / name
+def _default_folder(parent: str, settings: Config) -> Path:
+    """Named by the preset, or by people's own pictures."""
+    if settings.preset != "pictures" or not settings.data.data:
+        return Path(parent) / settings.preset
+    return Path(parent) / name_of(settings.data.data).removesuffix(".npz")
 
 
 def _check_seed(seed: int) -> None:
     if seed not in SEEDS:
         raise ConfigError(f"seed: expected at least 0 and below 2^63, got {seed}")
+
+
+def _or_else(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def _load(folder: Path, device: str) -> Run:
@@ -291,10 +318,14 @@ def _given_images(source: str, grid: tuple[int, int]) -> np.ndarray:
     """uint8 [N, H, W, 3]: a picture, all pictures of a folder, or a dataset's test images."""
     from gcrl.data import folder, load_dataset
 
-    path = Path(source).expanduser()
-    candidates = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in candidates if file.suffix.lower() in folder.EXTENSIONS]
-    return folder.read_images(files, grid) if files else load_dataset(source, grid).test.images
+    path = expand(source)
+    if path.is_dir():
+        files = folder.pictures_in(path)
+    else:
+        files = [path] if path.suffix.lower() in folder.EXTENSIONS else []
+    if not files:
+        return load_dataset(source, grid).test.images
+    return folder.read_images(files, grid, path)
 
 
 def _mendable() -> tuple[type[Exception], ...]:

@@ -11,19 +11,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 INFINITY = float("inf")
 SEEDS = range(2**63)
-PresetName = Literal["digits", "cifar10-small", "cifar10"]
+PresetName = Literal["digits", "pictures", "cifar10-small", "cifar10"]
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be read or makes no sense; the message names the field."""
-
-
-def expand(path: str | Path) -> Path:
-    """The path with its ~ written out; ConfigError where there is no such user."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{path}: {error}") from error
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -44,6 +36,8 @@ class DataConfig:
     """Fetch CIFAR-10 into the folder that --data names, if it is not there yet."""
     palette: str | None = None
     """A palette to load (.npy, [colors, 3]); by default one is fitted on the training images."""
+    max_gigabytes: float = 4.0
+    """Memory that reading the images may take, about; a file that needs more is an error."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +161,7 @@ class Config:
     """Everything that a run depends on."""
 
     preset: PresetName = "digits"
-    """Preset that the settings start from."""
+    """Preset that the settings start from; with --data by default 'pictures'."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
@@ -256,6 +250,7 @@ def _rules(config: Config, backends: tuple[str, ...]) -> list[tuple[str, bool, s
     contrasts = objective.beta > 0
     return [
         ("palette", data.palette != "", "a path to an .npy file"),
+        ("max_gigabytes", 0 < data.max_gigabytes < INFINITY, "a number above 0"),
         ("grid", min(model.grid) >= 2, "a height and a width of at least 2"),
         ("colors", model.colors >= 2, "at least 2"),
         ("width", model.width >= 1, "at least 1"),

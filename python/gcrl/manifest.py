@@ -14,7 +14,7 @@ from gcrl.config import Config
 # Settings that may be others when a run goes on or is used: none changes what was computed. (The
 # training images themselves are compared, so that they may have moved.)
 FREE = {
-    "preset", "data", "download",
+    "preset", "data", "download", "max_gigabytes",
     "evaluate", "probe_train", "probe_test", "neighbors", "sample_count",
     "device", "backend", "compile", "timeout", "log_every", "checkpoint_every",
 }  # fmt: skip

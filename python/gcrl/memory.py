@@ -23,3 +23,13 @@ def keep_freed() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(MMAP_THRESHOLD, LARGEST_TENSOR) and mallopt(TRIM_THRESHOLD, LARGEST_KEPT))
+
+
+def give_back() -> bool:
+    """Have glibc's malloc give what is free to the kernel, once; returns whether it did.
+
+    Each thread has free memory of its own, which no other takes.
+    """
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    trim = getattr(libc, "malloc_trim", None)
+    return trim is not None and bool(trim(0))

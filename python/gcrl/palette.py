@@ -22,7 +22,9 @@ def load_palette(path: str | Path, *, rescale: bool = True) -> torch.Tensor:
     """
     path = Path(path)
     try:
-        colors = np.load(path, allow_pickle=False)
+        colors = np.load(
+            path, mmap_mode="r", allow_pickle=False
+        )  # mapped: never larger than the file
     except Exception as error:  # a damaged file fails in numpy or below, each its own way
         raise ValueError(f"{path}: cannot be read as an .npy file: {error}") from error
     if not isinstance(colors, np.ndarray) or colors.dtype.kind not in "iuf":

@@ -51,7 +51,18 @@ CIFAR10 = Config(  # one GPU
     runtime=RuntimeConfig(compile=True, log_every=50, checkpoint_every=1000),
 )
 
-PRESETS: dict[str, Config] = {c.preset: c for c in (DIGITS, CIFAR10_SMALL, CIFAR10)}
+# People's own, of which there may be few, on a CPU: what `gcrl train --data` begins from.
+PICTURES = Config(
+    preset="pictures",
+    data=DataConfig(data=""),
+    model=ModelConfig(grid=(16, 16), colors=64, width=64, heads=4),
+    views=CIFAR10_SMALL.views,
+    objective=SEARCHED,
+    optim=OptimConfig(batch_size=64, steps=400, learning_rate=4e-3, warmup_steps=40),
+    evaluation=EvaluationConfig(neighbors=10),
+)
+
+PRESETS: dict[str, Config] = {c.preset: c for c in (DIGITS, PICTURES, CIFAR10_SMALL, CIFAR10)}
 
 
 def preset(name: str) -> Config:

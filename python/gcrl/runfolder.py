@@ -8,11 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from gcrl import checkpoint
-from gcrl.config import Config, ConfigError, expand
+from gcrl.config import Config, ConfigError
 from gcrl.data import NAMES, DataError, Dataset, load_dataset
 from gcrl.distributed import Team
 from gcrl.manifest import ADJUSTABLE, changed_settings
 from gcrl.palette import fit, load_palette, save_palette
+from gcrl.paths import expand
 
 
 def check_folder(config: Config, folder: Path, team: Team, *, resume: bool) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gcrl.config import ConfigError
 from gcrl.data import cifar10, digits, folder, npz
+from gcrl.data.budget import memory_limit
 from gcrl.data.dataset import DataError, Dataset, ImageSet
 from gcrl.data.download import fetch_cifar10
 from gcrl.data.resize import fit_to_grid
+from gcrl.paths import expand
 
-__all__ = ["DataError", "Dataset", "ImageSet", "fit_to_grid", "load_dataset"]
+__all__ = ["DataError", "Dataset", "ImageSet", "fit_to_grid", "load_dataset", "memory_limit"]
 
 NAMES = (digits.NAME,)  # sources that are no paths
 
@@ -22,13 +25,18 @@ def load_dataset(
     source is 'digits', the folder of CIFAR-10's batches or the one above it, an .npz file (see
     gcrl.data.npz) or a folder of images (see gcrl.data.folder). download fetches CIFAR-10 into that
     folder if it is not there yet. The seed chooses the images held out for testing where a source
-    does not say which. Raises DataError, which names the file and what is wrong with it.
+    does not say which. Within `memory_limit` it takes about so much memory at most, else 4 GB.
+    What is left out of the images is said in lines on stderr. Raises DataError, which names the
+    file and what is wrong with it.
     """
     if source == digits.NAME:
         if download:
             raise DataError("download fetches CIFAR-10 into a folder; the digits need no download")
         return digits.load(grid)
-    path = Path(source).expanduser()
+    try:
+        path = expand(source)
+    except ConfigError as error:
+        raise DataError(str(error)) from error
     if download:
         path = _downloaded(path)
     if not path.exists():
@@ -48,6 +56,8 @@ def _load_path(path: Path, grid: tuple[int, int], seed: int) -> Dataset:
         if path.suffix != ".npz":
             raise DataError(f"{path}: expected an .npz file or a folder, got another file")
         return npz.load(path, grid, seed)
+    if not path.is_dir():
+        raise DataError(f"{path}: expected an .npz file or a folder, got neither")
     batches = cifar10.find(path)
     return cifar10.load(batches, grid) if batches else folder.load(path, grid, seed)
 

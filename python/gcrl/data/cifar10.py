@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from gcrl.data.dataset import DataError, Dataset, ImageSet
+from gcrl.data.plain_pickle import read_pickle
 from gcrl.data.resize import fit_to_grid
 
 FOLDER = "cifar-10-batches-py"
@@ -36,7 +36,7 @@ def missing(folder: Path) -> list[str]:
 def load(folder: Path, grid: tuple[int, int]) -> Dataset:
     """Read all batches: 50,000 images to train on and 10,000 to test with, 10 classes.
 
-    Nothing in the files can run code: see read_pickle. Raises DataError, naming the file.
+    Nothing in the files can run code: see plain_pickle. Raises DataError, naming the file.
     """
     absent = missing(folder)
     if absent:
@@ -53,7 +53,7 @@ def load(folder: Path, grid: tuple[int, int]) -> Dataset:
 
 def _read_class_names(file: Path) -> tuple[str, ...]:
     names = _entry(file, read_pickle(file), b"label_names")
-    if not isinstance(names, list) or not names or not all(isinstance(n, bytes) for n in names):
+    if not isinstance(names, list) or not names or not all(type(n) is bytes for n in names):
         raise DataError(f"{file}: 'label_names': expected a list of names")
     return tuple(name.decode("latin-1") for name in names)
 
@@ -79,65 +79,3 @@ def _entry(file: Path, contents: Any, key: bytes) -> Any:
     if not isinstance(contents, dict) or key not in contents:
         raise DataError(f"{file}: not a file of CIFAR-10: it has no '{key.decode()}'")
     return contents[key]
-
-
-class _Dtype:
-    """Stands in for numpy.dtype: only unsigned bytes occur."""
-
-    def __init__(self, code: bytes | str, align: int, copy: int) -> None:
-        if code not in (b"u1", "u1"):
-            raise pickle.UnpicklingError(f"expected an array of unsigned bytes, got {code!r}")
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-class _Array:
-    """Stands in for numpy.ndarray: takes bytes and a shape, and runs none of its code."""
-
-    value: np.ndarray
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __setstate__(self, state: tuple[int, tuple[int, ...], _Dtype, bool, bytes]) -> None:
-        _, shape, dtype, fortran_order, content = state
-        if not isinstance(dtype, _Dtype) or fortran_order or not isinstance(content, bytes):
-            raise pickle.UnpicklingError("expected an array of bytes in C order")
-        self.value = np.frombuffer(content, dtype=np.uint8).reshape(shape)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Admits arrays of bytes beside plain values; any other name is refused, not looked up."""
-
-    admitted: ClassVar[dict[tuple[str, str], type]] = {
-        ("numpy", "dtype"): _Dtype,
-        ("numpy", "ndarray"): _Array,
-        ("numpy.core.multiarray", "_reconstruct"): _Array,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.admitted:
-            raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, which CIFAR-10 does not need"
-            )
-        return self.admitted[module, name]
-
-
-def read_pickle(file: Path) -> Any:
-    """The contents of a file of CIFAR-10, without running anything that the file names.
-
-    Strings come as bytes and arrays as uint8. Raises DataError if the file is damaged or holds
-    anything else than plain values and arrays of bytes.
-    """
-    try:
-        with file.open("rb") as stream:
-            contents = _Unpickler(stream, encoding="bytes").load()
-        if isinstance(contents, dict):
-            return {
-                key: value.value if isinstance(value, _Array) else value
-                for key, value in contents.items()
-            }
-        return contents
-    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
-        raise DataError(f"{file}: not a file of CIFAR-10, or damaged: {error}") from error

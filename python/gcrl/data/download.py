@@ -17,6 +17,8 @@ from gcrl.data import cifar10
 from gcrl.data.dataset import DataError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+SIZE = 170_498_071  # bytes of the archive
+UNPACKED = 1 << 26  # bytes of a file in it, at most
 MD5 = "c58f30108f718f92721af3b95e74349a"  # as published beside the archive
 TIMEOUT = 30.0  # seconds without an answer
 CHUNK = 1 << 18  # bytes
@@ -38,7 +40,7 @@ def fetch_cifar10(parent: Path) -> Path:
             folder.mkdir(exist_ok=True)
             for name in cifar10.FILES:
                 os.replace(Path(temporary) / name, folder / name)
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, EOFError, ValueError, http.client.HTTPException, tarfile.TarError) as error:
         if isinstance(error, DataError):
             raise
         reason = getattr(error, "reason", None) or error
@@ -54,7 +56,11 @@ def _fetch(archive: Path) -> None:
     with urllib.request.urlopen(URL, timeout=TIMEOUT) as answer, archive.open("wb") as out:
         size = int(answer.headers.get("Content-Length", 0)) or None
         with tqdm(desc="fetching CIFAR-10", total=size, unit="B", unit_scale=True) as bar:
+            received = 0
             while chunk := answer.read(CHUNK):
+                received += len(chunk)
+                if received > SIZE:
+                    raise DataError(f"{URL}: expected {SIZE:,} bytes, got more; nothing was kept")
                 out.write(chunk)
                 digest.update(chunk)
                 bar.update(len(chunk))
@@ -68,11 +74,15 @@ def _unpack(archive: Path, folder: Path) -> None:
     """Write the named files alone: no other member of the archive, and no path that it states."""
     with tarfile.open(archive, "r:gz") as members:
         for name in cifar10.FILES:
+            path = f"{cifar10.FOLDER}/{name}"
             try:
-                source = members.extractfile(f"{cifar10.FOLDER}/{name}")
+                member = members.getmember(path)
+                source = members.extractfile(member) if member.isfile() else None
             except KeyError:
                 source = None
             if source is None:
-                raise DataError(f"{URL}: the archive has no file {cifar10.FOLDER}/{name}")
+                raise DataError(f"{URL}: the archive has no file {path}")
+            if member.size > UNPACKED:
+                raise DataError(f"{URL}: expected at most {UNPACKED:,} bytes in {path}")
             with source, (folder / name).open("wb") as out:
                 shutil.copyfileobj(source, out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-CHUNK = 1000  # images that are averaged at a time, which bounds the memory of their sums
+CHUNK = 1 << 22  # bytes of images that are averaged at a time, which bounds their sums' memory
 
 
 def fit_to_grid(images: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -29,14 +29,29 @@ def fit_to_grid(images: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     height, width = images.shape[1:3]
     if (height, width) == tuple(grid):
         return images
-    scale = min(height / grid[0], width / grid[1])
-    kept = (scale * grid[0], scale * grid[1])
-    top, left = (height - kept[0]) / 2, (width - kept[1]) / 2
-    if scale.is_integer():
-        rows = slice(int(top), int(top) + int(kept[0]))
-        columns = slice(int(left), int(left) + int(kept[1]))
-        return _average_blocks(images[:, rows, columns], int(scale))
-    return _resample(images, grid, (left, top, left + kept[1], top + kept[0]))
+    left, top, _, bottom = box = centred_part((height, width), grid)
+    side = (bottom - top) / grid[0]  # of the block that becomes a pixel
+    if side.is_integer():
+        rows = slice(int(top), int(top) + int(side) * grid[0])
+        columns = slice(int(left), int(left) + int(side) * grid[1])
+        return _average_blocks(images[:, rows, columns], int(side))
+    return _resample(images, grid, box)
+
+
+def centred_part(size: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest centred part of an image (h, w) with the grid's aspect ratio.
+
+    Returns (left, top, right, bottom). One side is kept whole and the other is one division of
+    integers, so that rounding never puts an edge outside the image.
+    """
+    height, width = size
+    if height * grid[1] <= width * grid[0]:
+        kept = height * grid[1] / grid[0]
+        left = (width - kept) / 2
+        return left, 0.0, left + kept, float(height)
+    kept = width * grid[0] / grid[1]
+    top = (height - kept) / 2
+    return 0.0, top, float(width), top + kept
 
 
 def _average_blocks(images: np.ndarray, side: int) -> np.ndarray:
@@ -44,10 +59,11 @@ def _average_blocks(images: np.ndarray, side: int) -> np.ndarray:
     count, height, width, _ = images.shape
     rows, columns = height // side, width // side
     out = np.empty((count, rows, columns, 3), dtype=np.uint8)
-    for start in range(0, count, CHUNK):
-        chunk = images[start : start + CHUNK].reshape(-1, rows, side, width, 3)
+    step = max(1, CHUNK // (height * width * 3))
+    for start in range(0, count, step):
+        chunk = images[start : start + step].reshape(-1, rows, side, width, 3)
         total = chunk.sum(axis=2, dtype=np.uint64).reshape(-1, rows, columns, side, 3).sum(axis=3)
-        out[start : start + CHUNK] = (total + side * side // 2) // (side * side)
+        out[start : start + step] = (total + side * side // 2) // (side * side)
     return out
 
 

@@ -17,6 +17,7 @@ from gcrl.evaluation.markdown import percent, rows
 from gcrl.evaluation.options import stamp
 from gcrl.evaluation.subject import Subject
 from gcrl.figures import BLUE, GREY
+from gcrl.paths import expand
 
 PUBLISHED = (*CORRUPTIONS, *MISSING)
 CIFAR10_C = (10_000, 32, 32, 3)  # one severity in a file of CIFAR-10-C
@@ -37,7 +38,7 @@ def measure(subject: Subject) -> dict[str, Any]:
     source = "own"
     names: list[str] = list(CORRUPTIONS)
     if options.cifar10_c is not None:
-        folder = options.cifar10_c.expanduser()
+        folder = expand(options.cifar10_c)
         names = [name for name in PUBLISHED if (folder / f"{name}.npy").is_file()]
         sets = _cifar10_c(folder, names, options.corruption_images, subject.seed)
         source = "CIFAR-10-C"

@@ -167,7 +167,7 @@ def jpeg_compression(x: np.ndarray, quality: int, rng: np.random.Generator) -> n
     def change(image: Image.Image) -> Image.Image:
         content = io.BytesIO()
         image.save(content, "JPEG", quality=quality)
-        return Image.open(content)
+        return Image.open(content, formats=("JPEG",))
 
     return _through_pillow(x, change)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gcrl.config import ConfigError
+from gcrl.paths import expand, name_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Options:
                 f"finetuning_rate: expected a number above 0, got {self.finetuning_rate}"
             )
         for path in (self.inception, self.cifar10_c, *map(Path, self.ood)):
-            if path is not None and not path.expanduser().exists():
+            if path is not None and not expand(path).exists():
                 raise ConfigError(f"{path}: no such file or folder")
         names = [ood_name(source) for source in self.ood]
         for name in names:
@@ -67,14 +68,16 @@ class Options:
 
 def ood_name(source: str) -> str:
     """What the images of a file or folder are called."""
-    return re.sub(r"\.npz$", "", Path(source).expanduser().absolute().name)
+    return re.sub(r"\.npz$", "", name_of(source))
 
 
 def stamp(source: str | Path | None) -> list[list[str | int]]:
     """Name, size and time of a file, or of all files in a folder: it changes when they do."""
     if source is None:
         return []
-    path = Path(source).expanduser().absolute()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    states = [(file, file.stat()) for file in files]
+    from gcrl.data.walk import walk  # not for the help alone: it imports Pillow and scikit-learn
+
+    path = expand(source).absolute()
+    files = [file.path for file in walk(path)] if path.is_dir() else [path]
+    states = [(file, file.stat()) for file in files if file.is_file()]
     return [[str(file), state.st_size, state.st_mtime_ns] for file, state in states]

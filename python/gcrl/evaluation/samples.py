@@ -16,6 +16,7 @@ from gcrl.config import ConfigError
 from gcrl.evaluation.options import stamp
 from gcrl.evaluation.subject import Subject
 from gcrl.figures import completion_figure, sample_figure
+from gcrl.paths import expand
 
 
 def inputs(subject: Subject) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def inception_metric(weights: Path) -> FrechetInceptionDistance:
 
     Raises ConfigError where the package is not installed or the file is of another kind.
     """
-    path = str(weights.expanduser())
+    path = str(expand(weights))
     try:
         return FrechetInceptionDistance(2048, feature_extractor_weights_path=path)
     except ModuleNotFoundError as error:

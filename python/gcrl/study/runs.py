@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import gcrl
-from gcrl.config import SEEDS, Config, ConfigError, expand, parse_json
+from gcrl.config import SEEDS, Config, ConfigError, parse_json
 from gcrl.data import Dataset, ImageSet, load_dataset
 from gcrl.distributed import find_device
 from gcrl.evaluation import finetuning, suite
@@ -22,6 +22,7 @@ from gcrl.evaluation.subject import Subject
 from gcrl.evaluation.suite import StoppedError, run_parts
 from gcrl.interrupts import Interrupted
 from gcrl.lock import hold
+from gcrl.paths import expand
 from gcrl.probes import check_finite
 from gcrl.run import Run, load
 from gcrl.study import report
