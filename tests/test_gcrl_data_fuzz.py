@@ -49,7 +49,7 @@ def write_source(folder: Path, kind: str) -> tuple[Path, Path]:
 
 
 def damage(content: bytes, rng: np.random.Generator) -> bytes:
-    """Cut short, or with bits flipped, bytes replaced, taken out or doubled; at the start mostly."""
+    """Cut short, or bits flipped, bytes replaced, taken out or doubled; at the start mostly."""
     out = bytearray(content)
     at = int(len(out) * rng.random() ** 3)
     way = rng.integers(6)
