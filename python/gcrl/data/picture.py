@@ -71,7 +71,7 @@ def read_picture(file: Path, grid: tuple[int, int], budget: Budget) -> Picture:
         return _read_what_is_sound(file, grid, budget)
     except Image.DecompressionBombError as error:
         raise DataError(
-            f"{file}: cannot be read as an image: more pixels than --max-gigabytes allows: {error}"
+            f"{file}: cannot be read as an image: would take more memory than {budget}"
         ) from error
     except Image.UnidentifiedImageError as error:
         raise DataError(
