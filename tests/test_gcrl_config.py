@@ -87,7 +87,7 @@ def test_files_that_are_no_configuration(tmp_path: Any) -> None:
         ("learning_rate", 0.0), ("warmup_steps", -1), ("weight_decay", -0.1), ("clip", 0.0),
         ("ema", 1.0), ("probe_train", 0), ("probe_test", 0), ("neighbors", 0), ("sample_count", 0),
         ("seed", -1), ("device", "tpu"), ("backend", "gpu"), ("log_every", 0),
-        ("checkpoint_every", 0), ("palette", ""),
+        ("checkpoint_every", 0), ("palette", ""), ("max_gigabytes", 0.0),
     ],
 )  # fmt: skip
 def test_values_that_make_no_sense(field: str, value: Any) -> None:

@@ -250,6 +250,30 @@ def test_download_of_another_archive(
     assert not os.listdir(tmp_path / "data")
 
 
+@pytest.mark.parametrize("changed", [{"SIZE": 1000}, {"UNPACKED": 1000}])
+def test_download_of_a_larger_archive(
+    tmp_path: Path,
+    serve: Callable[[bytes], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, int],
+) -> None:
+    folder, *_ = write_cifar10(tmp_path / "origin")
+    serve(make_archive(folder))
+    ((name, value),) = changed.items()
+    monkeypatch.setattr(download, name, value)
+    with pytest.raises(DataError, match="expected (at most )?1,000 bytes"):
+        load_dataset(str(tmp_path / "data"), (32, 32), download=True)
+    assert not os.listdir(tmp_path / "data")
+
+
+def test_download_of_what_is_no_archive(
+    tmp_path: Path, serve: Callable[[bytes], list[str]]
+) -> None:
+    serve(b"no archive")
+    with pytest.raises(DataError, match="data: CIFAR-10 could not be fetched"):
+        load_dataset(str(tmp_path / "data"), (32, 32), download=True)
+
+
 def test_download_of_an_incomplete_archive(
     tmp_path: Path, serve: Callable[[bytes], list[str]]
 ) -> None:

@@ -163,3 +163,14 @@ def test_tokens_and_colours_are_inverse() -> None:
 def test_colours_are_rounded_into_bytes() -> None:
     palette = torch.tensor([[-0.4, 0.6, 254.6], [255.3, 1.4, 127.5]])
     assert palettes.to_rgb(torch.tensor([0, 1]), palette).tolist() == [[0, 1, 255], [255, 1, 128]]
+
+
+def test_a_palette_is_no_larger_than_its_file(tmp_path: Path) -> None:
+    """A header may announce any number of colours: 12 TB here."""
+    np.save(tmp_path / "palette.npy", COLORS.astype(np.float32))
+    content = (tmp_path / "palette.npy").read_bytes()
+    shape = b"(3, 3), }" + b" " * 10
+    assert shape in content
+    (tmp_path / "palette.npy").write_bytes(content.replace(shape, b"(%d, 3), }" % 10**12, 1)[:200])
+    with pytest.raises(ValueError, match=r"palette\.npy: cannot be read as an \.npy file: mmap"):
+        palettes.load_palette(tmp_path / "palette.npy")

@@ -160,3 +160,44 @@ def test_linked_files_are_part_of_a_stamp(home: Path) -> None:
     Image.new("RGB", (5, 5)).save(home / "photos" / "3.png")
     after = stamp("linked")
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
+
+
+# --max-gigabytes
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run on ~/photos, whose own limit is far too low for them."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    data = replace(tiny_run.CONFIG.data, data="~/photos", max_gigabytes=1e-7)
+    return tiny_run.save(folder, replace(tiny_run.CONFIG, data=data))
+
+
+@pytest.mark.parametrize(
+    ("words", "is_asked"),
+    [
+        (["palette", "~/photos", "--out=p.npy", "--colors=2"], False),
+        (["sample", "RUN", "--complete=~/photos", "--out=x.png"], True),
+        (["evaluate", "RUN", "--parts=calibration"], True),
+        (["train", "--data=~/photos"], False),
+        (["study", "--data=~/photos"], False),
+    ],
+)
+def test_every_command_that_reads_images_has_a_limit(
+    home: Path, run: Path, words: list[str], is_asked: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """is_asked: the limit of the run counts where none is given."""
+    words = [str(run) if word == "RUN" else word for word in words]
+    for flags in ([], ["--max-gigabytes=1e-7"])[not is_asked :]:
+        assert cli.main([*words, *flags]) == 2
+        message = capsys.readouterr().err
+        assert "photos/" in message
+        assert "than the 1e-07 GB that --max-gigabytes allows" in message
+
+
+def test_the_limit_of_a_run_can_be_raised(
+    home: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", str(run), "--complete=~/photos", "--max-gigabytes=1", "--device=cpu"]
+    assert cli.main(words) == 0, capsys.readouterr().err

@@ -67,9 +67,11 @@ class Budget:
     def _check(self, size: int) -> None:
         if self._kept + size > self.limit:
             raise DataError(
-                f"would take {_gigabyte_text(self._kept + size)} of memory, more than the "
-                f"{_gigabyte_text(self.limit)} that --max-gigabytes allows"
+                f"would take {_gigabyte_text(self._kept + size)} of memory, more than {self}"
             )
+
+    def __str__(self) -> str:
+        return f"the {_gigabyte_text(self.limit)} that --max-gigabytes allows"
 
 
 def _gigabyte_text(size: int) -> str:

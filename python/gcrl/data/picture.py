@@ -68,11 +68,10 @@ def read_picture(file: Path, grid: tuple[int, int], budget: Budget) -> Picture:
     damaged, the format is none of FORMATS, or decoding would take more than the budget.
     """
     try:
-        with file.open("rb") as stream:
-            return _read_what_is_sound(stream, grid, budget)
+        return _read_what_is_sound(file, grid, budget)
     except Image.DecompressionBombError as error:
         raise DataError(
-            f"{file}: cannot be read as an image: more pixels than --max-gigabytes allows: {error}"
+            f"{file}: cannot be read as an image: would take more memory than {budget}"
         ) from error
     except Image.UnidentifiedImageError as error:
         raise DataError(
@@ -83,16 +82,16 @@ def read_picture(file: Path, grid: tuple[int, int], budget: Budget) -> Picture:
         raise DataError(f"{file}: cannot be read as an image: {reason}") from error
 
 
-def _read_what_is_sound(stream: BinaryIO, grid: tuple[int, int], budget: Budget) -> Picture:
-    size = stream.seek(0, io.SEEK_END)
+def _read_what_is_sound(file: Path, grid: tuple[int, int], budget: Budget) -> Picture:
+    size = file.stat().st_size
     try:
-        return _read(stream, size, grid, budget)
+        with file.open("rb") as stream:
+            return _read(stream, size, grid, budget)
     except (DataError, Image.DecompressionBombError):
         raise
     except Exception:
         with budget.lend(3 * size):
-            stream.seek(0)
-            bare = without_metadata(stream.read())
+            bare = without_metadata(file.read_bytes())
         if bare is None:
             raise
         return _read(io.BytesIO(bare), 2 * len(bare), grid, budget)
