@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gcrl import checkpoint
 from gcrl.config import Config, ConfigError
-from gcrl.data import NAMES, DataError, Dataset, load_dataset
+from gcrl.data import NAMES, DataError, Dataset, load_dataset, memory_limit
 from gcrl.distributed import Team
 from gcrl.manifest import ADJUSTABLE, changed_settings
 from gcrl.palette import fit, load_palette, save_palette
@@ -55,7 +55,8 @@ def prepare(config: Config, folder: Path, team: Team, *, progress: bool) -> tupl
     """
     if not team.leads:
         team.wait(patiently=True)  # the first process downloads and fits
-    dataset = load_dataset(config.data.data, config.model.grid, download=config.data.download)
+    with memory_limit(config.data.max_gigabytes):
+        dataset = load_dataset(config.data.data, config.model.grid, download=config.data.download)
     _check_batch(config, dataset, team)
     path = folder / "palette.npy"
     if team.leads:
