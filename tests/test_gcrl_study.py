@@ -325,7 +325,10 @@ def test_flops_by_hand() -> None:
 
 def test_seconds_are_those_of_the_records(tmp_path: Path) -> None:
     records = [(10, 5.0), (40, 10.0), (60, 4.0)]
-    lines = [json.dumps({"images": i, "images_per_second": s}) for i, s in records]
+    lines = [
+        json.dumps({"step": i, "images": i, "images_per_second": s, "loss": None})
+        for i, s in records
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert training_seconds(tmp_path) == pytest.approx(2 + 3 + 5)
 

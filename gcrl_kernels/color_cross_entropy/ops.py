@@ -376,20 +376,18 @@ def _may_be_overwritten(tensor: Tensor) -> bool:
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, _, _, mask, reduction, *numbers, ctx.needed, ctx.in_place, backend = (
-        inputs
-    )
+    hidden, weight, bias, _, _, mask, reduction, *numbers, _, ctx.in_place, backend = inputs
     _, z_term, count, lse, tokens, *sum_gradients = output
     ctx.mark_non_differentiable(z_term, count, lse, tokens, *sum_gradients)
     ctx.set_materialize_grads(False)  # else zeros as large as the gradients come in
     ctx.is_scalar = reduction != "none"
+    ctx.needed = [int(needed) for needed in ctx.needs_input_grad[:3]]
+    if is_transformed():  # an outer transform may need what is not shown here
+        ctx.needed = [int(tensor is not None) for tensor in (hidden, weight, bias)]
     if ctx.is_scalar:
         ctx.options = hidden.dtype, backend
         ctx.save_for_backward(count, *sum_gradients)
     else:
-        ctx.needed = [int(needed) for needed in ctx.needs_input_grad[:3]]
-        if is_transformed():  # an outer transform may need what is not shown here
-            ctx.needed = [int(tensor is not None) for tensor in (hidden, weight, bias)]
         ctx.options = (*numbers, ctx.needed, backend)
         ctx.save_for_backward(hidden, weight, bias, mask, lse, tokens)
 
