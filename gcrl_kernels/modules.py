@@ -205,6 +205,8 @@ class NTXentLoss(nn.Module):
         anchors, positives = (normalize(views.to(dtype), dim=1) for views in (out0, out1))
         if self.bank.dim() == 1:
             self._begin_bank(out1, dtype)
+        elif self.bank.is_inference() and not torch.is_inference_mode_enabled():
+            self.bank, self.next_row = self.bank.clone(), self.next_row.clone()
         bank = self.bank.to(anchors)
         checks.check_shape("out1", out1, (len(out1), bank.shape[1]), "[N, D of the memory bank]")
         backend = choose("nt_xent", None, anchors, lambda name: cannot(name, dtype))

@@ -189,9 +189,10 @@ def test_a_learned_temperature_with_a_memory_bank() -> None:
     torch.testing.assert_close(grad, torch.autograd.grad(expected, tau)[0])
 
 
-def test_a_memory_bank_that_began_in_inference_mode_trains() -> None:
-    loss = NTXentLoss(memory_bank_size=8)
+@pytest.mark.parametrize("size", [8, (8, 4)])
+def test_a_memory_bank_that_began_in_inference_mode_trains(size) -> None:
     with torch.inference_mode():
+        loss = NTXentLoss(memory_bank_size=size)
         loss(*torch.randn(2, 3, 4))
     z = torch.randn(3, 4, requires_grad=True)
     for _ in range(4):
