@@ -186,9 +186,11 @@ class NTXentLoss(nn.Module):
             )
         self.temperature, self.gather_distributed = temperature, gather_distributed
         self.bank_size = sizes[0]
-        bank = torch.empty(0) if len(sizes) == 1 else normalize(torch.randn(sizes), dim=1)
+        with torch.inference_mode(False):  # else no batch could be trained against them
+            bank = torch.empty(0) if len(sizes) == 1 else normalize(torch.randn(sizes), dim=1)
+            next_row = torch.zeros((), dtype=torch.long)
         self.register_buffer("bank", bank, persistent=False)
-        self.register_buffer("next_row", torch.zeros((), dtype=torch.long), persistent=False)
+        self.register_buffer("next_row", next_row, persistent=False)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         out0, out1 = check_views(out0, out1, "out0", "out1")
@@ -205,8 +207,6 @@ class NTXentLoss(nn.Module):
         anchors, positives = (normalize(views.to(dtype), dim=1) for views in (out0, out1))
         if self.bank.dim() == 1:
             self._begin_bank(out1, dtype)
-        elif self.bank.is_inference() and not torch.is_inference_mode_enabled():
-            self.bank, self.next_row = self.bank.clone(), self.next_row.clone()
         bank = self.bank.to(anchors)
         checks.check_shape("out1", out1, (len(out1), bank.shape[1]), "[N, D of the memory bank]")
         backend = choose("nt_xent", None, anchors, lambda name: cannot(name, dtype))
