@@ -106,10 +106,17 @@ def _seeded() -> None:
 
 @pytest.fixture(params=["reference", *(f"cpu-{level}" for level in backends.cpu_levels())])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend for tensors on the CPU, the compiled one with each of its instruction sets."""
+    """Each backend for tensors on the CPU, the compiled one with each of its instruction sets.
+
+    Outputs hold NaN until they are written.
+    """
     name, _, level = request.param.partition("-")
-    with backends.use_cpu_level(level) if level else nullcontext():
-        yield name
+    torch.use_deterministic_algorithms(True)  # this fills new memory
+    try:
+        with backends.use_cpu_level(level) if level else nullcontext():
+            yield name
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=backends.cpu_levels() or ["none"])

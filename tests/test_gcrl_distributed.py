@@ -30,9 +30,9 @@ from gcrl.config import (
     OptimConfig,
     RuntimeConfig,
 )
-from gcrl.distributed import Team, join
+from gcrl.distributed import Team, average_gradients, join
 from gcrl.run import build_model
-from gcrl.trainer import average_gradients, backward, compiled, train
+from gcrl.trainer import backward, compiled, train
 
 RANKS, PARTS, BATCH = 2, 2, 6  # a batch of all processes
 MODEL = ModelConfig(

@@ -49,6 +49,7 @@ def test_what_masked_keys_hold_reaches_nobody(backend, poison, dtype, width, cau
     mask[0, 0] = False  # a row with nothing to attend to
     options = {"causal": causal, "backend": backend}
     expected = attention_results([q, k, v], bias, mask, **options)
+    assert all(result.abs().max() > 0 for result in expected)
     poisoned = [t.masked_fill(~mask[..., None, None], poison) for t in (k, v)]
     for actual, clean in zip(
         attention_results([q, *poisoned], bias, mask, **options), expected, strict=True
@@ -82,6 +83,7 @@ def test_what_is_masked_in_a_loss_reaches_nobody(backend, poison, reduction) -> 
         return [*found, loss, *torch.autograd.grad(loss.sum(), logits)]
 
     expected = results(hidden, mask, pixels)
+    assert all(result.abs().max() > 0 for result in expected)
     poisoned = hidden.masked_fill(~mask[:, None], poison)
     strange_pixels = pixels.masked_fill(~mask[:, None], torch.nan)
     for variant in ((poisoned, mask, strange_pixels), (hidden, as_bytes(mask), pixels)):

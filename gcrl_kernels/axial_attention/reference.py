@@ -39,7 +39,7 @@ def forward(
     """
     mask = None if mask is None else as_bool(mask)
     dtype = accumulation_dtype(q.dtype)
-    keys, values = (_rows(without_masked(t, mask), axis, dtype) for t in (k, v))
+    keys, values = (_rows(_without_masked(t, mask), axis, dtype) for t in (k, v))
     scores = _scores(_rows(q, axis, dtype), keys, bias, mask, axis, causal, scale)
     numerators, maximum = exponentials(scores)
     total = numerators.sum(-1)  # [B, *rest, heads, N]
@@ -65,7 +65,7 @@ def backward(
     """dq, dk, dv [B, *grid, heads, D] and dbias [heads, N, N] (empty where it is not asked for)."""
     mask = None if mask is None else as_bool(mask)
     dtype = accumulation_dtype(q.dtype)
-    inputs = (q, without_masked(k, mask), without_masked(v, mask), grad)
+    inputs = (q, _without_masked(k, mask), _without_masked(v, mask), grad)
     q_rows, k_rows, v_rows, grad_rows = (_rows(t, axis, dtype) for t in inputs)
     p = softmax(_scores(q_rows, k_rows, bias, mask, axis, causal, scale))
     dv = p.mT @ grad_rows
@@ -112,6 +112,6 @@ def _scores(
     return scores
 
 
-def without_masked(tensor: Tensor, mask: Tensor | None) -> Tensor:
+def _without_masked(tensor: Tensor, mask: Tensor | None) -> Tensor:
     """Keys or values with zeros where they are masked: zero times what is not finite is NaN."""
     return tensor if mask is None else tensor.masked_fill(~mask[..., None, None], 0.0)

@@ -84,10 +84,9 @@ def _positions(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _targets(pixels: Tensor, palette: Tensor | None, mask: Tensor | None) -> tuple[Any, ...]:
-    """Pixels [M, 3], or tokens [M] where there is no palette; the palette; the mask [M]."""
-    flat = pixels.flatten() if palette is None else _positions(pixels)
-    return flat, palette, _flat(mask)
+def _targets(pixels: Tensor, palette: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Pixels [M, 3], or tokens [M] where there is no palette; the palette."""
+    return pixels.flatten() if palette is None else _positions(pixels), palette
 
 
 def _flat(mask: Tensor | None) -> Tensor | None:
@@ -103,9 +102,7 @@ def _reduce(
     loss, z_term = loss.sum(), z_term.sum()
     if reduction == "sum":
         return loss, z_term, loss.new_ones(())
-    count = (
-        loss.new_tensor(float(prod(shape))) if mask is None else as_bool(mask).sum().to(loss.dtype)
-    )
+    count = loss.new_tensor(float(prod(shape))) if mask is None else mask.sum().to(loss.dtype)
     return loss / count, z_term / count, count
 
 
@@ -120,8 +117,9 @@ def _forward(implementation: Implementation) -> Callable[..., Any]:
         z_loss: float,
         inplace_backward: bool,
     ) -> tuple[Tensor, ...]:
+        mask = _flat(mask)
         loss, z_term, lse, tokens = implementation.forward(
-            _positions(logits), *_targets(pixels, palette, mask), label_smoothing, z_loss
+            _positions(logits), *_targets(pixels, palette), mask, label_smoothing, z_loss
         )
         return *_reduce(loss, z_term, mask, reduction, logits.shape[:-1]), lse, tokens
 
@@ -185,11 +183,13 @@ def _linear_forward(implementation: Implementation) -> Callable[..., Any]:
         needs_sum_grad: list[bool],
         inplace_backward: bool,
     ) -> tuple[Tensor, ...]:
+        mask = _flat(mask)
         loss, z_term, lse, tokens, dhidden, *gradients = implementation.linear_forward(
             _positions(hidden),
             weight,
             bias,
-            *_targets(pixels, palette, mask),
+            *_targets(pixels, palette),
+            mask,
             label_smoothing,
             z_loss,
             reduction == "none",

@@ -41,12 +41,10 @@ class Train:
     """Start from this configuration, such as RUN/config.json, and not from a preset."""
 
     def __call__(self) -> None:
-        from gcrl.data import memory_limit
         from gcrl.trainer import train
 
         folder = self.out or _default_folder("runs", self.settings)
-        with memory_limit(self.settings.data.max_gigabytes):
-            train(self.settings, folder, resume=self.resume)
+        train(self.settings, folder, resume=self.resume)
 
 
 @dataclass(frozen=True)

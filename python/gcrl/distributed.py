@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from gcrl.config import Config, ConfigError
 from gcrl.run import resolve_device
@@ -122,6 +122,22 @@ def join(config: Config, started_with: Mapping[str, Any]) -> Iterator[Team]:
         yield Team(place, rank, size, group, control, patient)
     finally:
         dist.destroy_process_group()
+
+
+def average_gradients(model: nn.Module, team: Team) -> None:
+    """The mean over the processes, in place.
+
+    All are summed at once in the parameters' order, so that a run that goes on adds in the same
+    order as one that was never interrupted, with any number of processes.
+    """
+    if team.group is None:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together, group=team.group)
+    together /= team.size
+    parts = together.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
 
 
 def find_device(device: str) -> torch.device:

@@ -20,7 +20,7 @@ import gcrl_kernels
 from gcrl import checkpoint
 from gcrl.config import Config, ObjectiveConfig, OptimConfig, RuntimeConfig
 from gcrl.data import Dataset
-from gcrl.distributed import Team, join
+from gcrl.distributed import Team, average_gradients, join
 from gcrl.interrupts import Interrupted, Interrupts
 from gcrl.lock import hold
 from gcrl.manifest import check, manifest, palette_digest
@@ -318,22 +318,6 @@ def code_digest() -> str:
 def compiled(model: nn.Module) -> nn.Module:
     network: nn.Module = torch.compile(model)  # type: ignore[assignment]
     return network
-
-
-def average_gradients(model: nn.Module, team: Team) -> None:
-    """The mean over the processes, in place.
-
-    All are summed at once in the parameters' order, so that a run that goes on adds in the same
-    order as one that was never interrupted, with any number of processes.
-    """
-    if team.group is None:
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    together = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(together, group=team.group)
-    together /= team.size
-    parts = together.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
 
 
 def backward(
